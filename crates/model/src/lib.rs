@@ -1,0 +1,27 @@
+//! Plain values that every other crate shares: ids, names, digests, sizes, what a VM is asked to be.
+//!
+//! Nothing here does I/O, is async, or knows a back end. A value that exists is valid: parsing is the
+//! only way in, also through serde.
+
+mod digest;
+mod error;
+mod finding;
+mod id;
+mod progress;
+mod size;
+mod stage;
+mod state;
+mod vm;
+
+pub use digest::{Digest, DigestError};
+pub use error::{ErrorKind, Explain};
+pub use finding::{Finding, Severity};
+pub use id::{BaseId, IdError, KernelId, NameError, VmId, VmName};
+pub use progress::{Progress, ProgressEvent, ProgressUnit, TaskId};
+pub use size::{ByteSize, ByteSizeError};
+pub use stage::{StageOutcome, StageTiming};
+pub use state::{ExitReason, ExitStatus, VmState};
+pub use vm::{
+    Boot, ConfigError, EnvVar, EnvVarError, ImageConfig, Mount, ProcessConfig, RestartPolicy, RootRequest, VmConfig,
+    VmmRequest,
+};

@@ -1,0 +1,445 @@
+//! What a VM is asked to be.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+use crate::{ByteSize, VmName};
+
+/// How the root should be shown to the guest.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RootRequest {
+    /// The policy chooses.
+    #[default]
+    Auto,
+    /// `root.erofs` as virtio-pmem, mounted with DAX.
+    Pmem,
+    /// `root.erofs` as a read-only virtio-blk disk.
+    Block,
+    /// The prepared tree shared by virtiofsd.
+    Virtiofs,
+    /// A private ext4 with the whole tree.
+    Copy,
+}
+
+/// Which VMM should run the VM.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum VmmRequest {
+    /// The policy chooses.
+    #[default]
+    Auto,
+    /// QEMU.
+    Qemu,
+    /// Cloud Hypervisor.
+    CloudHypervisor,
+    /// Firecracker.
+    Firecracker,
+}
+
+/// Whether to boot the kernel or restore a template.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Boot {
+    /// Restore where a template fits, else boot.
+    #[default]
+    Auto,
+    /// Always boot.
+    Cold,
+    /// Restore, or fail.
+    Template,
+}
+
+/// When the daemon starts a VM again by itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum RestartPolicy {
+    /// Never.
+    #[default]
+    No,
+    /// When its main process ended with a status other than 0, or it died.
+    OnFailure,
+    /// Always, also after the daemon starts.
+    Always,
+    /// Always, unless it was stopped by hand.
+    UnlessStopped,
+}
+
+/// One environment variable, `NAME=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct EnvVar {
+    name: String,
+    value: String,
+}
+
+/// Why a text is not an environment variable.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("`{text}` is not an environment variable: write NAME=VALUE")]
+pub struct EnvVarError {
+    /// The refused text, shortened.
+    pub text: String,
+}
+
+impl EnvVar {
+    /// The part before the first `=`.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The part after the first `=`.
+    pub fn value(&self) -> &str {
+        &self.value
+    }
+}
+
+impl FromStr for EnvVar {
+    type Err = EnvVarError;
+
+    fn from_str(text: &str) -> Result<Self, EnvVarError> {
+        match text.split_once('=') {
+            Some((name, value)) if !name.is_empty() && !text.contains('\0') => {
+                Ok(Self { name: name.to_owned(), value: value.to_owned() })
+            }
+            _ => Err(EnvVarError { text: text.chars().take(40).collect() }),
+        }
+    }
+}
+
+impl TryFrom<String> for EnvVar {
+    type Error = EnvVarError;
+
+    fn try_from(text: String) -> Result<Self, EnvVarError> {
+        text.parse()
+    }
+}
+
+impl From<EnvVar> for String {
+    fn from(var: EnvVar) -> String {
+        var.to_string()
+    }
+}
+
+impl fmt::Display for EnvVar {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}={}", self.name, self.value)
+    }
+}
+
+/// A folder of the host shown in the guest, `-v HOST:GUEST[:ro]`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Mount {
+    /// Absolute path of an existing folder on the host.
+    #[schema(value_type = String)]
+    pub source: PathBuf,
+    /// Absolute path in the guest, made if it is missing.
+    #[schema(value_type = String)]
+    pub target: PathBuf,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+}
+
+/// What to run, as the image's config says it (OCI image-spec, config.md, "config").
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct ImageConfig {
+    /// `Entrypoint`.
+    pub entrypoint: Vec<String>,
+    /// `Cmd`.
+    pub cmd: Vec<String>,
+    /// `Env`, in order, `NAME=VALUE`.
+    #[schema(value_type = Vec<String>)]
+    pub env: Vec<EnvVar>,
+    /// `WorkingDir`; empty means `/`.
+    pub working_dir: String,
+    /// `User`: `user`, `uid`, `user:group`, `uid:gid`; empty means root.
+    pub user: String,
+    /// `StopSignal`; empty means SIGTERM.
+    pub stop_signal: String,
+}
+
+/// One process to run in a guest, with everything decided.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct ProcessConfig {
+    /// Program and arguments; the program is looked up in the process's own `PATH`.
+    pub argv: Vec<String>,
+    /// Environment, `NAME=VALUE`, later ones win.
+    #[schema(value_type = Vec<String>)]
+    pub env: Vec<EnvVar>,
+    /// Working directory; empty means `/`. Made if it is missing, as Docker does.
+    pub working_dir: String,
+    /// `user[:group]` by name or number; empty means root.
+    pub user: String,
+    /// Whether it gets a terminal.
+    pub tty: bool,
+    /// Whether its standard input stays open and is fed by a client.
+    pub stdin: bool,
+}
+
+/// What a VM is asked to be: the client's whole request, kept with the VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VmConfig {
+    /// Its name; the daemon makes one up where there is none.
+    #[schema(value_type = Option<String>)]
+    #[serde(default)]
+    pub name: Option<VmName>,
+    /// The image, as the user wrote it.
+    pub image: String,
+    /// Replaces the image's `Cmd`.
+    #[serde(default)]
+    pub cmd: Vec<String>,
+    /// Replaces the image's `Entrypoint` (and drops its `Cmd`), as `docker run --entrypoint`. `Some([])` clears it.
+    #[serde(default)]
+    pub entrypoint: Option<Vec<String>>,
+    /// Added to the image's environment.
+    #[schema(value_type = Vec<String>)]
+    #[serde(default)]
+    pub env: Vec<EnvVar>,
+    /// Replaces the image's working directory.
+    #[serde(default)]
+    pub working_dir: Option<String>,
+    /// Replaces the image's user.
+    #[serde(default)]
+    pub user: Option<String>,
+    /// Whether the main process gets a terminal.
+    #[serde(default)]
+    pub tty: bool,
+    /// Whether the main process's standard input stays open.
+    #[serde(default)]
+    pub stdin: bool,
+    /// Hand PID 1 to the image's own init instead of running a main process.
+    #[serde(default)]
+    pub init: bool,
+    /// vCPUs.
+    #[serde(default = "default_cpus")]
+    pub cpus: u32,
+    /// Guest memory, bytes.
+    #[schema(value_type = u64)]
+    #[serde(default = "default_memory")]
+    pub memory: ByteSize,
+    /// Limit of the overlay disk, bytes (thin).
+    #[schema(value_type = u64)]
+    #[serde(default = "default_disk")]
+    pub disk: ByteSize,
+    /// Limit of the work disk, bytes (thin).
+    #[schema(value_type = u64)]
+    #[serde(default = "default_disk")]
+    pub work: ByteSize,
+    /// How the root is shown.
+    #[serde(default)]
+    pub root: RootRequest,
+    /// Which VMM.
+    #[serde(default)]
+    pub vmm: VmmRequest,
+    /// Boot or restore.
+    #[serde(default)]
+    pub boot: Boot,
+    /// Shared folders.
+    #[serde(default)]
+    pub mounts: Vec<Mount>,
+    /// Remove the VM when it stops.
+    #[serde(default)]
+    pub auto_remove: bool,
+    /// Start it again by itself.
+    #[serde(default)]
+    pub restart: RestartPolicy,
+}
+
+/// The smallest guest memory the agent and a stock kernel boot in.
+const MIN_MEMORY: ByteSize = ByteSize::from_mib(64);
+/// The smallest overlay or work disk: an ext4 with a journal and room for a few files.
+const MIN_DISK: ByteSize = ByteSize::from_mib(64);
+/// The largest disk that ext4 with 4 KiB blocks takes without special care.
+const MAX_DISK: ByteSize = ByteSize::from_mib(16 << 20);
+
+fn default_cpus() -> u32 {
+    1
+}
+
+fn default_memory() -> ByteSize {
+    ByteSize::from_mib(512)
+}
+
+fn default_disk() -> ByteSize {
+    ByteSize::from_mib(10 << 10)
+}
+
+/// Why a request cannot be a VM on any host.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum ConfigError {
+    /// Too little memory.
+    #[error("memory of {given} is too little for a VM: the least is {least}")]
+    Memory {
+        /// What was asked for.
+        given: ByteSize,
+        /// The least that works.
+        least: ByteSize,
+    },
+    /// No or too many vCPUs.
+    #[error("{given} vCPUs is not possible: a VM has 1 to {most}")]
+    Cpus {
+        /// What was asked for.
+        given: u32,
+        /// The most.
+        most: u32,
+    },
+    /// A disk size out of range.
+    #[error("a {disk} disk of {given} is not possible: it has {least} to {most}")]
+    Disk {
+        /// `overlay` or `work`.
+        disk: &'static str,
+        /// What was asked for.
+        given: ByteSize,
+        /// The least.
+        least: ByteSize,
+        /// The most.
+        most: ByteSize,
+    },
+    /// A working directory that is not absolute.
+    #[error("working directory `{path}` is not an absolute path")]
+    WorkingDir {
+        /// What was asked for.
+        path: String,
+    },
+    /// `--init` together with a command or a terminal.
+    #[error("a VM that runs its image's own init takes no command, entrypoint, user or terminal of its own")]
+    InitWithCommand,
+    /// Nothing to run.
+    #[error("nothing to run: the image names no command, and none was given")]
+    NoCommand,
+    /// An argument or environment holds a NUL byte.
+    #[error("an argument holds a NUL byte")]
+    Nul,
+}
+
+impl VmConfig {
+    /// The most vCPUs: QEMU's `microvm` and `q35` both take 255, and more than that is a typing error.
+    pub const MAX_CPUS: u32 = 255;
+
+    /// A request with every default, for `image`.
+    pub fn new(image: impl Into<String>) -> Self {
+        Self {
+            name: None,
+            image: image.into(),
+            cmd: Vec::new(),
+            entrypoint: None,
+            env: Vec::new(),
+            working_dir: None,
+            user: None,
+            tty: false,
+            stdin: false,
+            init: false,
+            cpus: default_cpus(),
+            memory: default_memory(),
+            disk: default_disk(),
+            work: default_disk(),
+            root: RootRequest::Auto,
+            vmm: VmmRequest::Auto,
+            boot: Boot::Auto,
+            mounts: Vec::new(),
+            auto_remove: false,
+            restart: RestartPolicy::No,
+        }
+    }
+
+    /// Refuses what no host can do. Pure; the engine asks it first.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if self.memory < MIN_MEMORY {
+            return Err(ConfigError::Memory { given: self.memory, least: MIN_MEMORY });
+        }
+        if self.cpus == 0 || self.cpus > Self::MAX_CPUS {
+            return Err(ConfigError::Cpus { given: self.cpus, most: Self::MAX_CPUS });
+        }
+        for (disk, given) in [("overlay", self.disk), ("work", self.work)] {
+            if given < MIN_DISK || given > MAX_DISK {
+                return Err(ConfigError::Disk { disk, given, least: MIN_DISK, most: MAX_DISK });
+            }
+        }
+        if let Some(path) = &self.working_dir
+            && !path.starts_with('/')
+        {
+            return Err(ConfigError::WorkingDir { path: path.clone() });
+        }
+        if self.init && (!self.cmd.is_empty() || self.entrypoint.is_some() || self.user.is_some() || self.tty || self.stdin)
+        {
+            return Err(ConfigError::InitWithCommand);
+        }
+        let arguments = self.cmd.iter().chain(self.entrypoint.iter().flatten());
+        if arguments.chain(&self.working_dir).chain(&self.user).any(|text| text.contains('\0')) {
+            return Err(ConfigError::Nul);
+        }
+        Ok(())
+    }
+
+    /// The main process: the request over the image's config, as Docker combines them.
+    ///
+    /// An entrypoint in the request drops the image's `Cmd`; a command in the request replaces it.
+    pub fn main_process(&self, image: &ImageConfig) -> Result<ProcessConfig, ConfigError> {
+        let (entrypoint, image_cmd) = match &self.entrypoint {
+            Some(entrypoint) => (entrypoint.as_slice(), &[][..]),
+            None => (image.entrypoint.as_slice(), image.cmd.as_slice()),
+        };
+        let cmd = if self.cmd.is_empty() { image_cmd } else { self.cmd.as_slice() };
+        let argv: Vec<String> = entrypoint.iter().chain(cmd).cloned().collect();
+        if argv.first().is_none_or(String::is_empty) {
+            return Err(ConfigError::NoCommand);
+        }
+        Ok(ProcessConfig {
+            argv,
+            env: image.env.iter().chain(&self.env).cloned().collect(),
+            working_dir: self.working_dir.clone().unwrap_or_else(|| image.working_dir.clone()),
+            user: self.user.clone().unwrap_or_else(|| image.user.clone()),
+            tty: self.tty,
+            stdin: self.stdin,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn strings(words: &[&str]) -> Vec<String> {
+        words.iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn the_command_line_goes_over_the_image_as_docker_does_it() {
+        let image = ImageConfig { entrypoint: strings(&["/e"]), cmd: strings(&["a"]), ..ImageConfig::default() };
+        let check = |entrypoint: Option<&[&str]>, cmd: &[&str], expected: Result<&[&str], ConfigError>| {
+            let mut config = VmConfig::new("x");
+            config.entrypoint = entrypoint.map(strings);
+            config.cmd = strings(cmd);
+            assert_eq!(config.main_process(&image).map(|p| p.argv), expected.map(strings));
+        };
+        check(None, &[], Ok(&["/e", "a"]));
+        check(None, &["b", "c"], Ok(&["/e", "b", "c"]));
+        check(Some(&["/f"]), &[], Ok(&["/f"]));
+        check(Some(&["/f"]), &["b"], Ok(&["/f", "b"]));
+        check(Some(&[]), &["b"], Ok(&["b"]));
+        check(Some(&[]), &[], Err(ConfigError::NoCommand));
+    }
+
+    #[test]
+    fn impossible_requests_are_refused() {
+        let refuse = |change: fn(&mut VmConfig)| {
+            let mut config = VmConfig::new("x");
+            config.validate().unwrap();
+            change(&mut config);
+            config.validate().unwrap_err()
+        };
+        assert!(matches!(refuse(|c| c.memory = ByteSize::from_bytes(0)), ConfigError::Memory { .. }));
+        assert!(matches!(refuse(|c| c.cpus = 0), ConfigError::Cpus { .. }));
+        assert!(matches!(refuse(|c| c.cpus = 256), ConfigError::Cpus { .. }));
+        assert!(matches!(refuse(|c| c.disk = ByteSize::from_bytes(1)), ConfigError::Disk { disk: "overlay", .. }));
+        assert!(matches!(refuse(|c| c.work = ByteSize::from_mib(1 << 40)), ConfigError::Disk { disk: "work", .. }));
+        assert!(matches!(refuse(|c| c.working_dir = Some("x".into())), ConfigError::WorkingDir { .. }));
+        assert!(matches!(refuse(|c| c.cmd = vec!["\0".into()]), ConfigError::Nul));
+        assert!(matches!(refuse(|c| (c.init, c.tty) = (true, true)), ConfigError::InitWithCommand));
+    }
+}

@@ -1,0 +1,9 @@
+//! What the operating system offers, as safe functions. The one host crate with `unsafe`.
+
+pub mod clone;
+pub mod durable;
+pub mod kvm;
+pub mod lock;
+pub mod process;
+pub mod random;
+pub mod space;
