@@ -1,1 +1,19 @@
-//! To come.
+//! The daemon's HTTP API: what goes over the wire, and a client for it.
+//!
+//! HTTP/1.1 and JSON over a Unix socket. Everything is under `/v1`; the OpenAPI document is at `/openapi.json`.
+//! Three shapes besides plain JSON:
+//!
+//! * long work (pull, import, bootstrap, kernel add) answers with one JSON [`progress::Line`] a line
+//!   (`application/x-ndjson`), the last one being the result or the error;
+//! * `attach` and `exec` are WebSockets whose binary messages start with a channel byte, see [`channel`];
+//! * `logs` is a sequence of [`log_frame`] frames, as Docker multiplexes them.
+
+pub mod channel;
+pub mod client;
+pub mod error;
+pub mod image;
+pub mod kernel;
+pub mod log_frame;
+pub mod progress;
+pub mod system;
+pub mod vm;

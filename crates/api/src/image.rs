@@ -1,0 +1,152 @@
+//! Images over the wire. References hold slashes, so they are query parameters.
+
+use offshoot_model::{Digest, ImageConfig};
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+
+/// One row of `image ls`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImageSummary {
+    /// The reference as users write it: `debian:bookworm`.
+    pub reference: String,
+    /// Manifest digest.
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    /// When it came into the store, milliseconds since the epoch.
+    pub created_ms: u64,
+    /// Blobs, bytes.
+    pub size: u64,
+    /// Whether its base is prepared.
+    pub prepared: bool,
+}
+
+/// Everything about an image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct ImageDetails {
+    /// What `image ls` shows.
+    #[serde(flatten)]
+    pub summary: ImageSummary,
+    /// What it runs.
+    pub config: ImageConfig,
+    /// `architecture` of its config, as Go names it.
+    pub architecture: String,
+    /// `os` of its config.
+    pub os: String,
+    /// Its layers, lowest first.
+    pub layers: Vec<LayerSummary>,
+    /// Its base, when prepared.
+    pub base: Option<BaseSummary>,
+}
+
+/// One layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct LayerSummary {
+    /// Digest of the blob as stored.
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    /// Digest of the uncompressed tar.
+    #[schema(value_type = String)]
+    pub diff_id: Digest,
+    /// Bytes as stored.
+    pub size: u64,
+}
+
+/// A prepared base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BaseSummary {
+    /// Its id.
+    pub id: String,
+    /// Blocks on disk, bytes.
+    pub disk_bytes: u64,
+}
+
+/// Body of `POST /v1/images/pull`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PullRequest {
+    /// What to pull.
+    pub reference: String,
+    /// `os/architecture[/variant]`; this machine's when absent.
+    #[serde(default)]
+    pub platform: Option<String>,
+    /// The user's credentials for that registry.
+    #[serde(default)]
+    pub auth: Option<RegistryCredentials>,
+    /// Make the base as well.
+    #[serde(default = "yes")]
+    pub prepare: bool,
+}
+
+/// Credentials for one registry, out of the user's `~/.docker/config.json`.
+#[derive(Clone, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(tag = "type", rename_all = "kebab-case")]
+pub enum RegistryCredentials {
+    /// HTTP basic, or the password grant of a token server.
+    Basic {
+        /// User.
+        username: String,
+        /// Password.
+        password: String,
+    },
+    /// A registry token.
+    Bearer {
+        /// The token.
+        token: String,
+    },
+}
+
+impl std::fmt::Debug for RegistryCredentials {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("RegistryCredentials(…)")
+    }
+}
+
+/// Body of `POST /v1/images/bootstrap`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BootstrapRequest {
+    /// `debian:SUITE`.
+    pub recipe: String,
+    /// Packages on top.
+    #[serde(default)]
+    pub include: Vec<String>,
+    /// Another mirror than the host's.
+    #[serde(default)]
+    pub mirror: Option<String>,
+    /// The reference to give it; the recipe's own when absent.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Make the base as well.
+    #[serde(default = "yes")]
+    pub prepare: bool,
+}
+
+/// Query of `POST /v1/images/import`, whose body is the archive.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+pub struct ImportQuery {
+    /// The reference to give it; needed for a root file system and an archive that names none.
+    #[serde(default)]
+    pub name: Option<String>,
+    /// Make the base as well.
+    #[serde(default = "yes")]
+    pub prepare: bool,
+}
+
+/// Query of `GET /v1/images/inspect` and of `POST /v1/images/prepare`.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+pub struct ImageQuery {
+    /// A reference, or the first digits of a digest.
+    pub reference: String,
+}
+
+/// Query of `DELETE /v1/images`.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+pub struct ImageRemoveQuery {
+    /// A reference, or the first digits of a digest.
+    pub reference: String,
+    /// Also when stopped VMs were made from it.
+    #[serde(default)]
+    pub force: bool,
+}
+
+fn yes() -> bool {
+    true
+}

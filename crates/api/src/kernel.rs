@@ -1,0 +1,33 @@
+//! Kernel bundles over the wire.
+
+use offshoot_model::KernelId;
+use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
+
+/// One row of `kernel ls`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct KernelSummary {
+    /// Its id.
+    #[schema(value_type = String)]
+    pub id: KernelId,
+    /// `uname -r`.
+    pub release: String,
+    /// Where it came from.
+    pub source: String,
+    /// What guests can use with it: `block`, `pmem`, `virtiofs`, `net`, `vsock`.
+    pub features: Vec<String>,
+    /// When it was added, milliseconds since the epoch.
+    pub created_ms: u64,
+    /// Bytes on disk.
+    pub size: u64,
+    /// Whether new VMs boot it.
+    pub default: bool,
+}
+
+/// Body of `POST /v1/kernels/distro`.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct DistroRequest {
+    /// The package; the newest cloud kernel that apt knows when absent.
+    pub package: Option<String>,
+}
