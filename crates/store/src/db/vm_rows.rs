@@ -1,0 +1,369 @@
+//! One row a VM, and the stages of its operations.
+
+use offshoot_model::{
+    BaseId, Digest, ExitReason, ExitStatus, KernelId, StageOutcome, StageTiming, VmId, VmName, VmState,
+};
+use rusqlite::{OptionalExtension, Row, params};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use super::{Db, DbError};
+
+/// What is kept of a VM. `definition` and `machine` are JSON of the engine's and the VMM driver's own types.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmRow {
+    /// Its id.
+    pub id: VmId,
+    /// Its name, unique without regard to case.
+    pub name: VmName,
+    /// Where it should be in its life.
+    pub state: VmState,
+    /// The user id its VMM runs as, unique.
+    pub uid: u32,
+    /// The manifest it was made from.
+    pub image_digest: Digest,
+    /// The base it leases.
+    pub base_id: BaseId,
+    /// The kernel bundle it leases.
+    pub kernel_id: KernelId,
+    /// What was asked for and decided.
+    pub definition: String,
+    /// How to find its VMM again; present while one may run.
+    pub machine: Option<String>,
+    /// Milliseconds since the epoch.
+    pub created_ms: u64,
+    /// When the current or last run began.
+    pub started_ms: Option<u64>,
+    /// When the last run ended.
+    pub finished_ms: Option<u64>,
+    /// How the last run ended.
+    pub exit: Option<ExitStatus>,
+    /// Why the last start failed, outermost first.
+    pub failure: Vec<String>,
+}
+
+/// The part of a row that a run changes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmRunUpdate {
+    /// See [`VmRow::state`].
+    pub state: VmState,
+    /// See [`VmRow::machine`].
+    pub machine: Option<String>,
+    /// See [`VmRow::started_ms`].
+    pub started_ms: Option<u64>,
+    /// See [`VmRow::finished_ms`].
+    pub finished_ms: Option<u64>,
+    /// See [`VmRow::exit`].
+    pub exit: Option<ExitStatus>,
+    /// See [`VmRow::failure`].
+    pub failure: Vec<String>,
+}
+
+/// An enum's serde name, which is what the database and the API both show.
+fn word<T: Serialize>(value: &T) -> String {
+    match serde_json::to_value(value) {
+        Ok(serde_json::Value::String(word)) => word,
+        other => unreachable!("only unit variants are stored as words, got {other:?}"),
+    }
+}
+
+fn parse_word<T: DeserializeOwned>(word: &str) -> Result<T, DbError> {
+    serde_json::from_value(serde_json::Value::String(word.to_owned())).map_err(unreadable)
+}
+
+fn unreadable(source: impl std::error::Error + Send + Sync + 'static) -> DbError {
+    DbError::Row { what: "VM", source: Box::new(source) }
+}
+
+const COLUMNS: &str = "id, name, state, uid, image_digest, base_id, kernel_id, definition, machine, created_ms, \
+                       started_ms, finished_ms, exit_code, exit_reason, failure";
+
+/// A row as SQLite gives it, before anything is believed.
+struct RawVm {
+    texts: [String; 7],
+    uid: u32,
+    machine: Option<String>,
+    times: (i64, Option<i64>, Option<i64>),
+    exit: (Option<i32>, Option<String>),
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
+    Ok(RawVm {
+        texts: [row.get(0)?, row.get(1)?, row.get(2)?, row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?],
+        uid: row.get(3)?,
+        machine: row.get(8)?,
+        times: (row.get(9)?, row.get(10)?, row.get(11)?),
+        exit: (row.get(12)?, row.get(13)?),
+    })
+}
+
+fn parse(raw: RawVm, failure: &str) -> Result<VmRow, DbError> {
+    let [id, name, state, image_digest, base_id, kernel_id, definition] = raw.texts;
+    let exit = match raw.exit {
+        (Some(code), Some(reason)) => Some(ExitStatus { code, reason: parse_word::<ExitReason>(&reason)? }),
+        _ => None,
+    };
+    Ok(VmRow {
+        id: id.parse().map_err(unreadable)?,
+        name: name.parse().map_err(unreadable)?,
+        state: parse_word(&state)?,
+        uid: raw.uid,
+        image_digest: image_digest.parse().map_err(unreadable)?,
+        base_id: base_id.parse().map_err(unreadable)?,
+        kernel_id: kernel_id.parse().map_err(unreadable)?,
+        definition,
+        machine: raw.machine,
+        created_ms: raw.times.0.unsigned_abs(),
+        started_ms: raw.times.1.map(i64::unsigned_abs),
+        finished_ms: raw.times.2.map(i64::unsigned_abs),
+        exit,
+        failure: serde_json::from_str(failure).map_err(unreadable)?,
+    })
+}
+
+impl Db {
+    /// Writes a new VM. Its name and uid must be free; a taken name is [`DbError::NameTaken`].
+    pub fn insert_vm(&self, row: &VmRow) -> Result<(), DbError> {
+        let failure = serde_json::to_string(&row.failure).map_err(unreadable)?;
+        let result = self.with("write a VM", |connection| {
+            connection.execute(
+                &format!(
+                    "INSERT INTO vms ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"
+                ),
+                params![
+                    row.id.as_str(),
+                    row.name.as_str(),
+                    row.state.as_str(),
+                    row.uid,
+                    row.image_digest.to_string(),
+                    row.base_id.as_str(),
+                    row.kernel_id.as_str(),
+                    row.definition,
+                    row.machine,
+                    row.created_ms as i64,
+                    row.started_ms.map(|ms| ms as i64),
+                    row.finished_ms.map(|ms| ms as i64),
+                    row.exit.map(|exit| exit.code),
+                    row.exit.map(|exit| word(&exit.reason)),
+                    failure,
+                ],
+            )
+        });
+        match result {
+            Err(DbError::Statement { source, .. }) if source.to_string().contains("vms.name") => {
+                Err(DbError::NameTaken { name: row.name.to_string() })
+            }
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Writes what a run changed.
+    pub fn update_vm_run(&self, id: &VmId, update: &VmRunUpdate) -> Result<(), DbError> {
+        let failure = serde_json::to_string(&update.failure).map_err(unreadable)?;
+        self.with("write a VM's state", |connection| {
+            connection.execute(
+                "UPDATE vms SET state = ?2, machine = ?3, started_ms = ?4, finished_ms = ?5, exit_code = ?6,
+                 exit_reason = ?7, failure = ?8 WHERE id = ?1",
+                params![
+                    id.as_str(),
+                    update.state.as_str(),
+                    update.machine,
+                    update.started_ms.map(|ms| ms as i64),
+                    update.finished_ms.map(|ms| ms as i64),
+                    update.exit.map(|exit| exit.code),
+                    update.exit.map(|exit| word(&exit.reason)),
+                    failure,
+                ],
+            )
+        })?;
+        Ok(())
+    }
+
+    /// Gives a VM another name; a taken one is [`DbError::NameTaken`].
+    pub fn rename_vm(&self, id: &VmId, name: &VmName) -> Result<(), DbError> {
+        let result = self.with("rename a VM", |connection| {
+            connection.execute("UPDATE vms SET name = ?2 WHERE id = ?1", [id.as_str(), name.as_str()])
+        });
+        match result {
+            Err(DbError::Statement { source, .. }) if source.to_string().contains("vms.name") => {
+                Err(DbError::NameTaken { name: name.to_string() })
+            }
+            other => other.map(|_| ()),
+        }
+    }
+
+    /// Every VM, oldest first.
+    pub fn vms(&self) -> Result<Vec<VmRow>, DbError> {
+        let rows = self.with("list VMs", |connection| {
+            connection
+                .prepare_cached(&format!("SELECT {COLUMNS} FROM vms ORDER BY created_ms, id"))?
+                .query_map([], |row| Ok((read(row)?, row.get::<_, String>(14)?)))?
+                .collect::<Result<Vec<_>, _>>()
+        })?;
+        rows.into_iter().map(|(raw, failure)| parse(raw, &failure)).collect()
+    }
+
+    /// Forgets a VM and its stages; whether there was one.
+    pub fn remove_vm(&self, id: &VmId) -> Result<bool, DbError> {
+        self.with("forget a VM", |connection| {
+            Ok(connection.execute("DELETE FROM vms WHERE id = ?1", [id.as_str()])? > 0)
+        })
+    }
+
+    /// The lowest user id from `base` on that no VM has, of `count`; `None` when all are taken.
+    pub fn free_uid(&self, base: u32, count: u32) -> Result<Option<u32>, DbError> {
+        self.with("choose a user id", |connection| {
+            connection
+                .query_row(
+                    "SELECT ?1 WHERE NOT EXISTS (SELECT 1 FROM vms WHERE uid = ?1)
+                     UNION ALL
+                     SELECT uid + 1 FROM vms v WHERE uid >= ?1 AND uid + 1 < ?1 + ?2
+                       AND NOT EXISTS (SELECT 1 FROM vms w WHERE w.uid = v.uid + 1)
+                     ORDER BY 1 LIMIT 1",
+                    [base, count],
+                    |row| row.get(0),
+                )
+                .optional()
+        })
+    }
+
+    /// Replaces the stages kept for one operation of a VM.
+    pub fn put_stages(&self, id: &VmId, operation: &str, stages: &[StageTiming]) -> Result<(), DbError> {
+        self.with("write stages", |connection| {
+            let transaction = connection.transaction()?;
+            transaction.execute("DELETE FROM stages WHERE vm_id = ?1 AND operation = ?2", [id.as_str(), operation])?;
+            for (seq, stage) in stages.iter().enumerate() {
+                transaction
+                    .prepare_cached("INSERT INTO stages VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?
+                    .execute(params![
+                        id.as_str(),
+                        operation,
+                        seq as i64,
+                        stage.stage,
+                        stage.start_us as i64,
+                        stage.duration_us as i64,
+                        word(&stage.outcome),
+                    ])?;
+            }
+            transaction.commit()
+        })
+    }
+
+    /// The stages of a VM's last operations, in the order they ran within each.
+    pub fn stages(&self, id: &VmId) -> Result<Vec<StageTiming>, DbError> {
+        let rows: Vec<(String, String, i64, i64, String)> = self.with("read stages", |connection| {
+            connection
+                .prepare_cached(
+                    "SELECT operation, stage, start_us, duration_us, outcome FROM stages WHERE vm_id = ?1
+                     ORDER BY operation, seq",
+                )?
+                .query_map([id.as_str()], |row| {
+                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
+                })?
+                .collect()
+        })?;
+        rows.into_iter()
+            .map(|(operation, stage, start_us, duration_us, outcome)| {
+                let outcome: StageOutcome = parse_word(&outcome)?;
+                Ok(StageTiming {
+                    operation,
+                    stage,
+                    start_us: start_us.unsigned_abs(),
+                    duration_us: duration_us.unsigned_abs(),
+                    outcome,
+                })
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row(n: u8, name: &str) -> VmRow {
+        VmRow {
+            id: VmId::from_bytes(&[n; 6]),
+            name: name.parse().unwrap(),
+            state: VmState::Created,
+            uid: 100 + u32::from(n),
+            image_digest: Digest::from_bytes([n; 32]),
+            base_id: BaseId::from_bytes(&[n; 16]),
+            kernel_id: KernelId::from_bytes(&[n; 8]),
+            definition: "{}".into(),
+            machine: None,
+            created_ms: u64::from(n),
+            started_ms: None,
+            finished_ms: None,
+            exit: None,
+            failure: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn rows_come_back_as_they_were_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(dir.path()).unwrap();
+        let mut one = row(1, "web");
+        db.insert_vm(&one).unwrap();
+        db.insert_vm(&row(2, "db")).unwrap();
+        let update = VmRunUpdate {
+            state: VmState::Stopped,
+            machine: Some("{\"pid\":1}".into()),
+            started_ms: Some(5),
+            finished_ms: Some(6),
+            exit: Some(ExitStatus { code: 7, reason: ExitReason::MainExited }),
+            failure: vec!["a".into(), "b".into()],
+        };
+        db.update_vm_run(&one.id, &update).unwrap();
+        (one.state, one.machine, one.started_ms) = (update.state, update.machine, update.started_ms);
+        (one.finished_ms, one.exit, one.failure) = (update.finished_ms, update.exit, update.failure);
+        assert_eq!(db.vms().unwrap(), [one.clone(), row(2, "db")]);
+        assert!(db.remove_vm(&one.id).unwrap());
+        assert_eq!(db.vms().unwrap(), [row(2, "db")]);
+    }
+
+    #[test]
+    fn a_name_is_taken_whatever_its_case() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(dir.path()).unwrap();
+        db.insert_vm(&row(1, "web")).unwrap();
+        assert!(matches!(db.insert_vm(&row(2, "WEB")), Err(DbError::NameTaken { .. })));
+        db.insert_vm(&row(3, "other")).unwrap();
+        let taken = db.rename_vm(&row(3, "x").id, &"Web".parse().unwrap());
+        assert!(matches!(taken, Err(DbError::NameTaken { .. })));
+    }
+
+    #[test]
+    fn user_ids_fill_the_gaps() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(dir.path()).unwrap();
+        assert_eq!(db.free_uid(101, 3).unwrap(), Some(101));
+        for (n, free) in [(1, Some(102)), (2, Some(103)), (3, None)] {
+            db.insert_vm(&row(n, &format!("v{n}"))).unwrap();
+            assert_eq!(db.free_uid(101, 3).unwrap(), free);
+        }
+        db.remove_vm(&row(2, "x").id).unwrap();
+        assert_eq!(db.free_uid(101, 3).unwrap(), Some(102));
+    }
+
+    #[test]
+    fn stages_go_with_their_vm() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(dir.path()).unwrap();
+        db.insert_vm(&row(1, "web")).unwrap();
+        let id = row(1, "web").id;
+        let stage = |name: &str| StageTiming {
+            operation: "start".into(),
+            stage: name.into(),
+            start_us: 1,
+            duration_us: 2,
+            outcome: StageOutcome::Done,
+        };
+        db.put_stages(&id, "start", &[stage("a"), stage("b")]).unwrap();
+        db.put_stages(&id, "start", &[stage("c")]).unwrap();
+        assert_eq!(db.stages(&id).unwrap(), [stage("c")]);
+        db.remove_vm(&id).unwrap();
+        assert_eq!(db.stages(&id).unwrap(), []);
+    }
+}
