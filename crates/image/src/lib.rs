@@ -1,8 +1,12 @@
 //! OCI images: references, registries, archives, and what their layers hold.
 
+pub mod platform;
+pub mod reference;
+
+pub mod manifest;
+
 pub mod archive;
 pub mod bootstrap;
-pub mod layer;
-pub mod manifest;
-pub mod reference;
 pub mod registry;
+
+pub mod layer;
