@@ -65,4 +65,7 @@ pub struct ExecStart {
     /// The client's window, with a terminal.
     #[serde(default)]
     pub window: Option<WindowSize>,
+    /// Only start it: [`STATUS`] comes once it runs, and it runs on without this client.
+    #[serde(default)]
+    pub detach: bool,
 }

@@ -21,7 +21,12 @@ pub struct ApiError {
 impl ApiError {
     /// An error with no cause.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), causes: Vec::new(), hints: Vec::new() }
+        Self {
+            kind,
+            message: message.into(),
+            causes: Vec::new(),
+            hints: Vec::new(),
+        }
     }
 
     /// The same error with one more hint.
@@ -39,7 +44,12 @@ impl ApiError {
             causes.push(cause.to_string());
             source = cause.source();
         }
-        Self { kind: error.kind(), message: error.to_string(), causes, hints: error.hints() }
+        Self {
+            kind: error.kind(),
+            message: error.to_string(),
+            causes,
+            hints: error.hints(),
+        }
     }
 
     /// The HTTP status that goes with the kind.

@@ -78,7 +78,13 @@ mod tests {
                     seen.push(frame);
                 }
             }
-            assert_eq!(seen, [(LogStream::Stdout, Bytes::from("hello")), (LogStream::Stderr, Bytes::new())]);
+            assert_eq!(
+                seen,
+                [
+                    (LogStream::Stdout, Bytes::from("hello")),
+                    (LogStream::Stderr, Bytes::new())
+                ]
+            );
         }
         assert!(decode(&mut BytesMut::from(&[9u8, 0, 0, 0, 0, 0, 0, 0][..])).is_err());
         assert!(decode(&mut BytesMut::from(&[1u8, 0, 0, 0, 255, 0, 0, 0][..])).is_err());

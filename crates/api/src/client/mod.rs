@@ -1,0 +1,314 @@
+//! A client for the daemon: one typed method for every endpoint.
+//!
+//! Not for terminals, files or archives: whoever calls it brings bytes and takes bytes. Dropping a future or an
+//! answer closes its connection, and the daemon gives up what it did for it.
+
+mod connection;
+mod error;
+mod logs;
+mod session;
+mod url;
+mod work;
+
+use std::path::{Path, PathBuf};
+
+use http::Method;
+use offshoot_model::VmConfig;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+pub use connection::{AnswerBody, Upload};
+pub use error::{ClientError, ProtocolError};
+pub use logs::Logs;
+pub use session::{ClientMessage, DaemonMessage, Session, SessionSink, SessionStream};
+pub use work::Work;
+
+use crate::channel::ExecStart;
+use crate::image::{
+    BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PullRequest,
+};
+use crate::kernel::{DistroRequest, KernelSummary};
+use crate::system::{DoctorReport, SystemInfo};
+use crate::vm::{
+    ArchiveQuery, ArchiveUnpacked, AttachQuery, KillQuery, ListQuery, LogsQuery, PATH_STAT_HEADER, PathStat,
+    RemoveQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
+};
+use connection::{Answer, exchange};
+
+/// The daemon at one socket. Cheap to clone; nothing is open between calls.
+#[derive(Clone, Debug)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+#[derive(Serialize)]
+struct RenameQuery<'a> {
+    name: &'a str,
+}
+
+impl Client {
+    /// A client for the daemon that listens at `socket`. Does not connect yet.
+    pub fn new(socket: PathBuf) -> Self {
+        Self { socket }
+    }
+
+    /// Where the daemon listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The OpenAPI document.
+    pub async fn openapi(&self) -> Result<Value, ClientError> {
+        self.get("/openapi.json").await
+    }
+
+    /// What the daemon is and has.
+    pub async fn info(&self) -> Result<SystemInfo, ClientError> {
+        self.get("/v1/system/info").await
+    }
+
+    /// Every check of every capability.
+    pub async fn doctor(&self) -> Result<DoctorReport, ClientError> {
+        self.get("/v1/system/doctor").await
+    }
+
+    /// Makes a VM; it does not run yet.
+    pub async fn create_vm(&self, config: &VmConfig) -> Result<VmSummary, ClientError> {
+        self.post_json("/v1/vms", config).await?.json().await
+    }
+
+    /// The VMs that run, or all.
+    pub async fn vms(&self, query: &ListQuery) -> Result<Vec<VmSummary>, ClientError> {
+        self.get(&url::with_query("/v1/vms", query)).await
+    }
+
+    /// Everything about a VM, by name, id or unique id prefix.
+    pub async fn vm(&self, vm: &str) -> Result<VmDetails, ClientError> {
+        self.get(&url::vm(vm, "")).await
+    }
+
+    /// Removes a VM and everything that was its own.
+    pub async fn remove_vm(&self, vm: &str, query: &RemoveQuery) -> Result<(), ClientError> {
+        self.send(
+            Method::DELETE,
+            &url::with_query(&url::vm(vm, ""), query),
+            Upload::none(),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Starts a VM; answers when its main process was started.
+    pub async fn start_vm(&self, vm: &str) -> Result<VmSummary, ClientError> {
+        self.post(&url::vm(vm, "/start")).await
+    }
+
+    /// Shuts a VM down; answers when it is stopped.
+    pub async fn stop_vm(&self, vm: &str, query: &StopQuery) -> Result<VmSummary, ClientError> {
+        self.post(&url::with_query(&url::vm(vm, "/stop"), query)).await
+    }
+
+    /// Stops a VM and starts it again.
+    pub async fn restart_vm(&self, vm: &str, query: &StopQuery) -> Result<VmSummary, ClientError> {
+        self.post(&url::with_query(&url::vm(vm, "/restart"), query)).await
+    }
+
+    /// Ends a VM at once, or signals its main process.
+    pub async fn kill_vm(&self, vm: &str, query: &KillQuery) -> Result<VmSummary, ClientError> {
+        self.post(&url::with_query(&url::vm(vm, "/kill"), query)).await
+    }
+
+    /// Lets a VM's vCPUs stand still.
+    pub async fn pause_vm(&self, vm: &str) -> Result<VmSummary, ClientError> {
+        self.post(&url::vm(vm, "/pause")).await
+    }
+
+    /// Lets them go on.
+    pub async fn resume_vm(&self, vm: &str) -> Result<VmSummary, ClientError> {
+        self.post(&url::vm(vm, "/resume")).await
+    }
+
+    /// Gives a VM another name.
+    pub async fn rename_vm(&self, vm: &str, name: &str) -> Result<VmSummary, ClientError> {
+        self.post(&url::with_query(&url::vm(vm, "/rename"), &RenameQuery { name }))
+            .await
+    }
+
+    /// Waits until a VM does not run any more.
+    pub async fn wait_vm(&self, vm: &str) -> Result<WaitAnswer, ClientError> {
+        self.get(&url::vm(vm, "/wait")).await
+    }
+
+    /// What a VM's main process wrote, or its console.
+    pub async fn logs(&self, vm: &str, query: &LogsQuery) -> Result<Logs, ClientError> {
+        let target = url::with_query(&url::vm(vm, "/logs"), query);
+        Ok(Logs::new(
+            self.send(Method::GET, &target, Upload::none()).await?.into_body(),
+        ))
+    }
+
+    /// A session with the main process, which may not have been started yet.
+    pub async fn attach(&self, vm: &str, query: &AttachQuery) -> Result<Session, ClientError> {
+        Session::open(&self.socket, &url::with_query(&url::vm(vm, "/attach"), query)).await
+    }
+
+    /// A session with a new process.
+    pub async fn exec(&self, vm: &str, start: &ExecStart) -> Result<Session, ClientError> {
+        let mut session = Session::open(&self.socket, &url::vm(vm, "/exec")).await?;
+        session.start(start).await?;
+        Ok(session)
+    }
+
+    /// What stands at a path of the guest, and it as a tar. Dropping the body ends the copy.
+    pub async fn archive(&self, vm: &str, path: &str) -> Result<(PathStat, AnswerBody), ClientError> {
+        let target = url::with_query(
+            &url::vm(vm, "/archive"),
+            &ArchiveQuery {
+                path: path.to_owned(),
+            },
+        );
+        let answer = self.send(Method::GET, &target, Upload::none()).await?;
+        let stat = answer
+            .header(PATH_STAT_HEADER)
+            .and_then(|text| serde_json::from_str(text).ok());
+        let stat = stat.ok_or_else(|| {
+            answer.broken(ProtocolError::Header {
+                name: PATH_STAT_HEADER,
+            })
+        })?;
+        Ok((stat, answer.into_body()))
+    }
+
+    /// Unpacks a tar into an existing folder of the guest.
+    pub async fn unpack(
+        &self,
+        vm: &str,
+        directory: &str,
+        tar: Upload,
+    ) -> Result<ArchiveUnpacked, ClientError> {
+        let target = url::with_query(
+            &url::vm(vm, "/archive"),
+            &ArchiveQuery {
+                path: directory.to_owned(),
+            },
+        );
+        self.send(Method::PUT, &target, tar).await?.json().await
+    }
+
+    /// The images in the store.
+    pub async fn images(&self) -> Result<Vec<ImageSummary>, ClientError> {
+        self.get("/v1/images").await
+    }
+
+    /// Everything about an image.
+    pub async fn image(&self, query: &ImageQuery) -> Result<ImageDetails, ClientError> {
+        self.get(&url::with_query("/v1/images/inspect", query)).await
+    }
+
+    /// Removes an image's name, and the image when it was the last one.
+    pub async fn remove_image(&self, query: &ImageRemoveQuery) -> Result<(), ClientError> {
+        self.send(
+            Method::DELETE,
+            &url::with_query("/v1/images", query),
+            Upload::none(),
+        )
+        .await
+        .map(drop)
+    }
+
+    /// Fetches an image from a registry.
+    pub async fn pull(&self, request: &PullRequest) -> Result<Work<ImageSummary>, ClientError> {
+        Ok(Work::new(
+            self.post_json("/v1/images/pull", request).await?.into_body(),
+        ))
+    }
+
+    /// Makes an image from a Debian mirror.
+    pub async fn bootstrap(&self, request: &BootstrapRequest) -> Result<Work<ImageSummary>, ClientError> {
+        Ok(Work::new(
+            self.post_json("/v1/images/bootstrap", request).await?.into_body(),
+        ))
+    }
+
+    /// Takes the images of an archive into the store.
+    pub async fn import(
+        &self,
+        query: &ImportQuery,
+        archive: Upload,
+    ) -> Result<Work<Vec<ImageSummary>>, ClientError> {
+        let target = url::with_query("/v1/images/import", query);
+        Ok(Work::new(
+            self.send(Method::POST, &target, archive).await?.into_body(),
+        ))
+    }
+
+    /// Makes an image's base.
+    pub async fn prepare(&self, query: &ImageQuery) -> Result<Work<ImageSummary>, ClientError> {
+        let target = url::with_query("/v1/images/prepare", query);
+        Ok(Work::new(
+            self.send(Method::POST, &target, Upload::none())
+                .await?
+                .into_body(),
+        ))
+    }
+
+    /// The kernel bundles.
+    pub async fn kernels(&self) -> Result<Vec<KernelSummary>, ClientError> {
+        self.get("/v1/kernels").await
+    }
+
+    /// Makes a kernel bundle from the distribution's package.
+    pub async fn add_distro_kernel(
+        &self,
+        request: &DistroRequest,
+    ) -> Result<Work<KernelSummary>, ClientError> {
+        Ok(Work::new(
+            self.post_json("/v1/kernels/distro", request).await?.into_body(),
+        ))
+    }
+
+    /// Makes a kernel bundle from a tar with `vmlinux` and, if need be, `modules/…`.
+    pub async fn add_kernel_files(&self, tar: Upload) -> Result<Work<KernelSummary>, ClientError> {
+        Ok(Work::new(
+            self.send(Method::POST, "/v1/kernels/files", tar)
+                .await?
+                .into_body(),
+        ))
+    }
+
+    /// Removes a kernel bundle.
+    pub async fn remove_kernel(&self, id: &str) -> Result<(), ClientError> {
+        let target = format!("/v1/kernels/{}", url::encode(id));
+        self.send(Method::DELETE, &target, Upload::none()).await.map(drop)
+    }
+
+    /// Lets new VMs boot this kernel bundle.
+    pub async fn set_default_kernel(&self, id: &str) -> Result<KernelSummary, ClientError> {
+        self.post(&format!("/v1/kernels/{}/default", url::encode(id)))
+            .await
+    }
+
+    async fn get<T: DeserializeOwned>(&self, target: &str) -> Result<T, ClientError> {
+        self.send(Method::GET, target, Upload::none()).await?.json().await
+    }
+
+    async fn post<T: DeserializeOwned>(&self, target: &str) -> Result<T, ClientError> {
+        self.send(Method::POST, target, Upload::none())
+            .await?
+            .json()
+            .await
+    }
+
+    async fn post_json(&self, target: &str, body: &impl Serialize) -> Result<Answer, ClientError> {
+        let upload = Upload::json(body).map_err(|source| ClientError::Protocol {
+            request: format!("POST {target}"),
+            source,
+        })?;
+        self.send(Method::POST, target, upload).await
+    }
+
+    async fn send(&self, method: Method, target: &str, upload: Upload) -> Result<Answer, ClientError> {
+        exchange(&self.socket, method, target, upload, &[]).await
+    }
+}
