@@ -1,9 +1,11 @@
 //! Files and folders that are there whole or not at all, also after a crash of the host.
 //!
-//!     tmp/<prefix>-<random>/   made by StagingDir, locked by its maker, removed when dropped
-//!         │  publish: fsync every file and folder in it, rename, fsync the parent
-//!         ▼
-//!     <final>/                 whole
+//! ```text
+//! tmp/<prefix>-<random>/   made by StagingDir, locked by its maker, removed when dropped
+//!     │  publish: fsync every file and folder in it, rename, fsync the parent
+//!     ▼
+//! <final>/                 whole
+//! ```
 //!
 //! Staging and final place must be on one file system.
 
@@ -173,7 +175,7 @@ impl Drop for StagingDir {
 
 /// Removes from `parent` what processes that are gone have left; gives how many things it removed.
 ///
-/// Staging folders of living processes stay. Loose files in `parent` belong to nobody and go.
+/// Staging folders of living processes stay. Loose files in `parent` carry no lock and go: call it once, at start.
 pub fn sweep(parent: &Path) -> io::Result<usize> {
     let entries = match std::fs::read_dir(parent) {
         Ok(entries) => entries,
