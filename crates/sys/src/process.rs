@@ -24,7 +24,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 pub use detached::{
-    DetachedCommand, Identity, InheritedFd, ResourceLimit, SpawnError, share_fd, spawn_detached,
+    DetachedCommand, Identity, InheritedFd, ResourceLimit, SpawnError, inherited_fd, share_fd, spawn_detached,
 };
 pub use rustix::process::Signal;
 

@@ -1,1 +1,23 @@
-//! To come.
+//! Virtual machine monitors: what a VM needs ([`LaunchPlan`]) goes in, a running process ([`Machine`]) comes out.
+//!
+//! Nothing here knows networks, storage or images: a disk is a path, a network device the name of a TAP. One trait
+//! pair, [`Driver`] and [`Machine`], stands before every VMM; [`qemu`] is the first behind it. The fake
+//! (`offshoot-fake-vmm`, [`fake`]) is another *program* under the real QEMU driver, so that tests exercise the driver.
+//!
+//! ```text
+//! LaunchPlan ─ validate ─► Driver::launch ─► VMM process ─► Box<dyn Machine> ─ state() ─► MachineState (stored)
+//!                                              ▲                                              │
+//!                    after a daemon restart    └──────────── Driver::reopen ◄────────────────┘
+//! ```
+
+pub mod plan;
+mod machine;
+mod driver;
+pub mod fake;
+pub mod qemu;
+
+pub use driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts, VmmFeature};
+pub use machine::{
+    AgentEndpoint, ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
+};
+pub use plan::LaunchPlan;

@@ -424,6 +424,18 @@ pub fn share_fd(fd: impl AsFd) -> io::Result<OwnedFd> {
     Ok(rustix::io::fcntl_dupfd_cloexec(fd, 3)?)
 }
 
+/// A copy of a descriptor that our parent gave us under a number: the other side of [`InheritedFd`].
+///
+/// For programs that are told numbers by their arguments, as the first thing they do; the original stays open.
+pub fn inherited_fd(number: RawFd) -> io::Result<OwnedFd> {
+    if number < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: the number is borrowed for one call that copies it; one that is not open makes that call fail.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(number) };
+    share_fd(borrowed)
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::PermissionsExt;

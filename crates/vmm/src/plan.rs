@@ -1,0 +1,487 @@
+//! What one VM needs from its VMM, decided: plain values, the same for every VMM.
+//!
+//! A plan says nothing about how a VMM spells it. [`LaunchPlan::validate`] refuses what no VMM can do; what one VMM
+//! cannot do, its driver refuses.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use offshoot_model::{ByteSize, ErrorKind, Explain, VmId};
+use serde::{Deserialize, Serialize};
+
+/// Everything that a VMM process is started with.
+#[derive(Clone, Debug)]
+pub struct LaunchPlan {
+    /// Whose VM it is; the process is named after it.
+    pub vm: VmId,
+    /// A folder of this VM alone, for sockets. It exists, and only we can write it.
+    pub run_dir: PathBuf,
+    /// Where the VMM's own words are appended.
+    pub log: PathBuf,
+    /// Where the end of what the guest's console said is kept.
+    pub console: PathBuf,
+    /// vCPUs.
+    pub cpus: u32,
+    /// Guest memory.
+    pub memory: ByteSize,
+    /// How guest instructions are run.
+    pub accel: Accel,
+    /// The kernel: a `vmlinux` (PVH) or `bzImage`.
+    pub kernel: PathBuf,
+    /// The initial RAM disk.
+    pub initramfs: Option<PathBuf>,
+    /// The kernel's command line, word by word.
+    pub cmdline: Vec<String>,
+    /// The console device that the command line names.
+    pub console_device: ConsoleDevice,
+    /// Block devices; guests find them by serial.
+    pub disks: Vec<DiskPlan>,
+    /// Persistent-memory devices, in the order of the guest's `/dev/pmem0`, `/dev/pmem1` …
+    pub pmems: Vec<PmemPlan>,
+    /// Shared folders.
+    pub shares: Vec<SharePlan>,
+    /// Network devices.
+    pub nets: Vec<NetPlan>,
+    /// How the host reaches the agent.
+    pub agent: AgentChannel,
+    /// Who the process becomes; `None` keeps who we are. The files that it writes belong to that user already.
+    pub identity: Option<VmmIdentity>,
+}
+
+/// How guest instructions are run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Accel {
+    /// By the processor, through `/dev/kvm`.
+    Kvm,
+    /// By QEMU's translator.
+    Tcg,
+}
+
+/// Which device is the guest's console.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConsoleDevice {
+    /// An ISA serial port: works from the kernel's first word on; each byte is an exit of the guest.
+    #[default]
+    Serial,
+    /// A virtio console: fast, but words come only when the kernel has found it.
+    Virtio,
+}
+
+impl ConsoleDevice {
+    /// What the kernel calls it: the value of `console=`.
+    pub fn kernel_name(self) -> &'static str {
+        match self {
+            Self::Serial => "ttyS0",
+            Self::Virtio => "hvc0",
+        }
+    }
+}
+
+/// One block device, raw.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskPlan {
+    /// The name under which the guest finds it (`/dev/disk/by-id/virtio-<serial>`): 1 to 20 of `a-z A-Z 0-9 _ -`,
+    /// starting with a letter.
+    pub serial: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Whether the guest may only read. What is deleted on a writable disk is given back to the host.
+    pub read_only: bool,
+}
+
+/// One persistent-memory device over a file, mapped by the guest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PmemPlan {
+    /// The file, at least `size` long.
+    pub path: PathBuf,
+    /// How much of it is shown: a multiple of [`PmemPlan::ALIGNMENT`].
+    pub size: ByteSize,
+    /// Whether the guest may only read.
+    pub read_only: bool,
+}
+
+impl PmemPlan {
+    /// The guest's kernel maps persistent memory for DAX in units of 2 MiB.
+    pub const ALIGNMENT: ByteSize = ByteSize::from_mib(2);
+}
+
+/// One shared folder, served by a virtiofsd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SharePlan {
+    /// The name under which the guest mounts it: 1 to 36 of `a-z A-Z 0-9 _ . -`.
+    pub tag: String,
+    /// Where the virtiofsd listens.
+    pub socket: PathBuf,
+}
+
+/// One network device.
+#[derive(Clone, Debug)]
+pub struct NetPlan {
+    /// The host's side.
+    pub backend: NetBackend,
+    /// The guest's address.
+    pub mac: Mac,
+}
+
+/// The host's side of a network device.
+#[derive(Clone, Debug)]
+pub enum NetBackend {
+    /// A TAP device by name; the plan's identity owns it.
+    Tap(String),
+    /// An open TAP (its `/dev/net/tun` descriptor).
+    TapFd(Arc<OwnedFd>),
+}
+
+/// A MAC address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct Mac(pub [u8; 6]);
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+/// How the host reaches the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AgentChannel {
+    /// A virtio-serial port named [`AgentChannel::PORT_NAME`], a Unix socket on the host.
+    VirtioSerial,
+    /// vsock, offered on the host as a Unix socket that is told a port.
+    HybridVsock {
+        /// The guest's context id, at least 3.
+        cid: u32,
+        /// The port on which the agent listens.
+        port: u32,
+    },
+}
+
+impl AgentChannel {
+    /// The name of the agent's virtio-serial port: `/dev/virtio-ports/offshoot.agent` with udev,
+    /// `/sys/class/virtio-ports/*/name` without.
+    pub const PORT_NAME: &str = "offshoot.agent";
+}
+
+/// Who a VMM process becomes: nobody who owns anything else.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmmIdentity {
+    /// User.
+    pub uid: u32,
+    /// Primary group.
+    pub gid: u32,
+    /// Supplementary groups, exactly these (`kvm`, where `/dev/kvm` needs it).
+    pub groups: Vec<u32>,
+}
+
+/// Why a plan cannot be carried out by any VMM.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// No vCPU, or more than there can be.
+    #[error("{given} vCPUs is not possible: a VM has 1 to {most}")]
+    Cpus {
+        /// What was planned.
+        given: u32,
+        /// The most.
+        most: u32,
+    },
+    /// Memory that is not whole MiB, or too little for any kernel.
+    #[error("memory of {} bytes is not possible: it is a whole number of MiB, at least {least}", given.bytes())]
+    Memory {
+        /// What was planned.
+        given: ByteSize,
+        /// The least.
+        least: ByteSize,
+    },
+    /// A path that is relative, empty or holds control characters.
+    #[error("{what} `{}` is not an absolute path without control characters", path.display())]
+    Path {
+        /// Which path of the plan.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+    },
+    /// A run folder whose sockets could not be addressed.
+    #[error("run folder `{}` is too long for sockets: at most {most} bytes", path.display())]
+    RunDirLength {
+        /// The folder.
+        path: PathBuf,
+        /// The most.
+        most: usize,
+    },
+    /// A kernel parameter that would be read as several or as none.
+    #[error("kernel parameter {word:?} holds white space, quotes or control characters, or is empty")]
+    Word {
+        /// The parameter.
+        word: String,
+    },
+    /// More kernel parameters than a kernel keeps.
+    #[error("the kernel command line has {length} bytes; a kernel keeps {most}")]
+    CommandLine {
+        /// Its length.
+        length: usize,
+        /// The most.
+        most: usize,
+    },
+    /// A name that a device cannot have.
+    #[error("{what} {name:?} is not possible: {rule}")]
+    Name {
+        /// Which name.
+        what: &'static str,
+        /// The name.
+        name: String,
+        /// What it must be.
+        rule: &'static str,
+    },
+    /// Two devices with one name.
+    #[error("two devices have the {what} {name:?}")]
+    Twice {
+        /// Which name.
+        what: &'static str,
+        /// The name.
+        name: String,
+    },
+    /// A persistent-memory size that a guest cannot map.
+    #[error("persistent memory of {} bytes is not possible: it is a multiple of {unit}", given.bytes())]
+    PmemSize {
+        /// What was planned.
+        given: ByteSize,
+        /// The unit.
+        unit: ByteSize,
+    },
+    /// More devices than a machine has room for.
+    #[error("{given} devices are too many for one VM: at most {most}")]
+    Devices {
+        /// What was planned.
+        given: usize,
+        /// The most.
+        most: usize,
+    },
+    /// A group address as a network device's own.
+    #[error("{mac} is not the address of one network device")]
+    Mac {
+        /// What was planned.
+        mac: Mac,
+    },
+}
+
+impl Explain for PlanError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::RunDirLength { .. } => ErrorKind::NotPossible,
+            _ => ErrorKind::InvalidRequest,
+        }
+    }
+
+    fn hints(&self) -> Vec<String> {
+        match self {
+            Self::Cpus { .. } => vec!["choose another number with `--cpus`".into()],
+            Self::Memory { .. } => vec!["choose another size with `--memory`, such as 512m".into()],
+            Self::RunDirLength { .. } => vec!["start offshootd with a shorter `--run-dir`".into()],
+            Self::Devices { .. } => vec!["use fewer `-v` mounts".into()],
+            _ => Vec::new(),
+        }
+    }
+}
+
+/// The most vCPUs that QEMU's `microvm` and `q35` both take.
+const MAX_CPUS: u32 = 255;
+/// Less, and no kernel with an initial RAM disk unpacks itself.
+const MIN_MEMORY: ByteSize = ByteSize::from_mib(16);
+/// `COMMAND_LINE_SIZE` of x86 kernels, with its NUL.
+const MAX_CMDLINE: usize = 2047;
+/// A PCI bus has 32 slots; a few belong to the machine, the console, the agent and the entropy source.
+const MAX_DEVICES: usize = 24;
+/// `sun_path` has 108 bytes with a NUL (unix(7)); the longest socket name of a VM is `/agent.sock`.
+const MAX_RUN_DIR: usize = 107 - "/agent.sock".len();
+/// `VIRTIO_BLK_ID_BYTES`.
+const MAX_SERIAL: usize = 20;
+/// `virtio_fs_config.tag`.
+const MAX_TAG: usize = 36;
+/// `IFNAMSIZ` with its NUL.
+const MAX_IFNAME: usize = 15;
+
+impl LaunchPlan {
+    /// Refuses what no VMM can do. Pure: it looks at no file.
+    pub fn validate(&self) -> Result<(), PlanError> {
+        if self.cpus == 0 || self.cpus > MAX_CPUS {
+            return Err(PlanError::Cpus { given: self.cpus, most: MAX_CPUS });
+        }
+        if self.memory < MIN_MEMORY || self.memory.bytes() % (1 << 20) != 0 {
+            return Err(PlanError::Memory { given: self.memory, least: MIN_MEMORY });
+        }
+        self.validate_paths()?;
+        self.validate_cmdline()?;
+        self.validate_devices()
+    }
+
+    fn validate_paths(&self) -> Result<(), PlanError> {
+        let own = [
+            ("run folder", &self.run_dir),
+            ("log", &self.log),
+            ("console log", &self.console),
+            ("kernel", &self.kernel),
+        ];
+        let paths = own
+            .into_iter()
+            .chain(self.initramfs.iter().map(|path| ("initramfs", path)))
+            .chain(self.disks.iter().map(|disk| ("disk", &disk.path)))
+            .chain(self.pmems.iter().map(|pmem| ("persistent memory", &pmem.path)))
+            .chain(self.shares.iter().map(|share| ("share socket", &share.socket)));
+        for (what, path) in paths {
+            if !is_plain_absolute(path) {
+                return Err(PlanError::Path { what, path: path.clone() });
+            }
+        }
+        if self.run_dir.as_os_str().len() > MAX_RUN_DIR {
+            return Err(PlanError::RunDirLength { path: self.run_dir.clone(), most: MAX_RUN_DIR });
+        }
+        Ok(())
+    }
+
+    fn validate_cmdline(&self) -> Result<(), PlanError> {
+        let odd = |c: char| c.is_whitespace() || c.is_control() || c == '"';
+        for word in &self.cmdline {
+            if word.is_empty() || word.contains(odd) {
+                return Err(PlanError::Word { word: word.clone() });
+            }
+        }
+        let length = self.cmdline_text().len();
+        if length > MAX_CMDLINE {
+            return Err(PlanError::CommandLine { length, most: MAX_CMDLINE });
+        }
+        Ok(())
+    }
+
+    fn validate_devices(&self) -> Result<(), PlanError> {
+        let given = self.disks.len() + self.pmems.len() + self.shares.len() + self.nets.len();
+        if given > MAX_DEVICES {
+            return Err(PlanError::Devices { given, most: MAX_DEVICES });
+        }
+        let name_chars = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'-');
+        let mut serials = HashSet::new();
+        for DiskPlan { serial, .. } in &self.disks {
+            let letter_first = serial.starts_with(|c: char| c.is_ascii_alphabetic());
+            if !letter_first || serial.len() > MAX_SERIAL || !serial.bytes().all(name_chars) {
+                let rule = "1 to 20 letters, digits, `_` and `-`, a letter first";
+                return Err(PlanError::Name { what: "disk serial", name: serial.clone(), rule });
+            }
+            if !serials.insert(serial) {
+                return Err(PlanError::Twice { what: "disk serial", name: serial.clone() });
+            }
+        }
+        let mut tags = HashSet::new();
+        for SharePlan { tag, .. } in &self.shares {
+            if tag.is_empty() || tag.len() > MAX_TAG || !tag.bytes().all(|c| name_chars(c) || c == b'.') {
+                let rule = "1 to 36 letters, digits, `_`, `.` and `-`";
+                return Err(PlanError::Name { what: "share tag", name: tag.clone(), rule });
+            }
+            if !tags.insert(tag) {
+                return Err(PlanError::Twice { what: "share tag", name: tag.clone() });
+            }
+        }
+        for PmemPlan { size, .. } in &self.pmems {
+            if size.bytes() == 0 || size.bytes() % PmemPlan::ALIGNMENT.bytes() != 0 {
+                return Err(PlanError::PmemSize { given: *size, unit: PmemPlan::ALIGNMENT });
+            }
+        }
+        for NetPlan { backend, mac } in &self.nets {
+            // The lowest bit of the first byte marks a group (IEEE 802).
+            if mac.0[0] & 1 != 0 || mac.0 == [0; 6] {
+                return Err(PlanError::Mac { mac: *mac });
+            }
+            if let NetBackend::Tap(name) = backend
+                && (name.is_empty()
+                    || name.len() > MAX_IFNAME
+                    || !name.bytes().all(|c| name_chars(c) || c == b'.'))
+            {
+                let rule = "1 to 15 letters, digits, `_`, `.` and `-`";
+                return Err(PlanError::Name { what: "network device", name: name.clone(), rule });
+            }
+        }
+        Ok(())
+    }
+
+    /// The kernel's command line as one text.
+    pub fn cmdline_text(&self) -> String {
+        self.cmdline.join(" ")
+    }
+}
+
+fn is_plain_absolute(path: &Path) -> bool {
+    path.is_absolute() && !path.as_os_str().as_bytes().iter().any(u8::is_ascii_control)
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// A plan with nothing but what it must have.
+    pub(crate) fn bare_plan() -> LaunchPlan {
+        LaunchPlan {
+            vm: VmId::from_bytes(&[7; 6]),
+            run_dir: "/run/offshoot/x".into(),
+            log: "/var/lib/offshoot/vms/x/vmm.log".into(),
+            console: "/var/lib/offshoot/vms/x/console.log".into(),
+            cpus: 2,
+            memory: ByteSize::from_mib(256),
+            accel: Accel::Tcg,
+            kernel: "/k/vmlinux".into(),
+            initramfs: Some("/k/initramfs".into()),
+            cmdline: vec!["quiet".into(), "console=ttyS0".into()],
+            console_device: ConsoleDevice::Serial,
+            disks: vec![DiskPlan { serial: "root".into(), path: "/b/root.erofs".into(), read_only: true }],
+            pmems: Vec::new(),
+            shares: Vec::new(),
+            nets: Vec::new(),
+            agent: AgentChannel::VirtioSerial,
+            identity: None,
+        }
+    }
+
+    #[test]
+    fn what_no_vmm_can_do_is_refused() {
+        let check = |change: &dyn Fn(&mut LaunchPlan), expected: &str| {
+            let mut plan = bare_plan();
+            plan.validate().unwrap();
+            change(&mut plan);
+            let error = plan.validate().expect_err(expected).to_string();
+            assert!(error.contains(expected), "{error:?} does not say {expected:?}");
+        };
+        let disk = |serial: &str| DiskPlan { serial: serial.into(), path: "/d".into(), read_only: false };
+        let net = |name: &str, first| NetPlan { backend: NetBackend::Tap(name.into()), mac: Mac([first, 0, 0, 0, 0, 1]) };
+        let pmem = |size| PmemPlan { path: "/p".into(), size: ByteSize::from_bytes(size), read_only: true };
+        check(&|p| p.cpus = 0, "0 vCPUs");
+        check(&|p| p.cpus = 256, "256 vCPUs");
+        check(&|p| p.memory = ByteSize::from_mib(15), "memory of");
+        check(&|p| p.memory = ByteSize::from_bytes((64 << 20) + 1), "whole number of MiB");
+        check(&|p| p.kernel = "vmlinux".into(), "kernel `vmlinux`");
+        check(&|p| p.initramfs = Some("".into()), "initramfs ``");
+        check(&|p| p.disks[0].path = "/a\nb".into(), "disk `/a");
+        check(&|p| p.log = "/a\0b".into(), "log `/a");
+        check(&|p| p.run_dir = format!("/{}", "x".repeat(96)).into(), "too long for sockets");
+        check(&|p| p.cmdline.push("a b".into()), "\"a b\"");
+        check(&|p| p.cmdline.push(String::new()), "kernel parameter \"\"");
+        check(&|p| p.cmdline.push("x=\"y\"".into()), "quotes");
+        check(&|p| p.cmdline.push("x".repeat(2048)), "a kernel keeps 2047");
+        check(&|p| p.disks.push(disk("root")), "two devices");
+        check(&|p| p.disks.push(disk("1root")), "disk serial");
+        check(&|p| p.disks.push(disk("")), "disk serial");
+        check(&|p| p.disks.push(disk(&"x".repeat(21))), "disk serial");
+        check(&|p| p.disks.push(disk("a,b")), "disk serial");
+        check(&|p| p.shares.push(SharePlan { tag: "a b".into(), socket: "/s".into() }), "share tag");
+        check(&|p| p.shares.push(SharePlan { tag: "a".into(), socket: "s".into() }), "share socket");
+        check(&|p| p.pmems.push(pmem(0)), "persistent memory of 0");
+        check(&|p| p.pmems.push(pmem((2 << 20) + 4096)), "multiple of 2MiB");
+        check(&|p| p.nets.push(net("tap0", 1)), "not the address of one");
+        check(&|p| p.nets.push(net("a-name-too-long-x", 2)), "network device");
+        check(&|p| p.disks = (0..25).map(|n| disk(&format!("d{n}"))).collect(), "25 devices");
+    }
+}

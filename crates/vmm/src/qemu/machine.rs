@@ -1,0 +1,336 @@
+//! One QEMU with its VM. A task per machine waits for its end, saves the guest's last words, and tidies up.
+//!
+//! ```text
+//! running ─ SHUTDOWN event ─► save console ─► quit ─┐
+//!    │                                              ├─► process gone ─► files removed ─► wait_exit returns
+//!    └─ quit(), kill(), crash ──────────────────────┘
+//! ```
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use offshoot_model::ByteSize;
+use offshoot_sys::process::{PidFd, Signal};
+use serde_json::{Value, json};
+use tokio::sync::{Mutex, watch};
+use tokio_util::task::AbortOnDropHandle;
+
+use super::args::{CONSOLE_CHARDEV, CONSOLE_RING, disk_node};
+use super::console;
+use super::qmp::{Qmp, Shutdown};
+use crate::machine::{
+    ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
+};
+
+/// How long QEMU may take to leave after `quit`: it flushes disks.
+const QUIT_PATIENCE: Duration = Duration::from_secs(10);
+/// How long a killed process may take to go: the kernel frees its memory.
+const KILL_PATIENCE: Duration = Duration::from_secs(30);
+/// How long saving the console may hold up an end that was asked for.
+const CONSOLE_PATIENCE: Duration = Duration::from_millis(200);
+/// How long the last events may take from a socket whose process is gone: they are there already.
+const LAST_EVENTS: Duration = Duration::from_millis(200);
+/// How long to wait before a broken control connection is made again.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+pub(crate) struct QemuMachine {
+    shared: Arc<Shared>,
+    _watcher: AbortOnDropHandle<()>,
+}
+
+struct Shared {
+    state: MachineState,
+    process: PidFd,
+    qmp: Mutex<Arc<Qmp>>,
+    /// One reader of the console ring at a time, or its pieces could reach the log in the wrong order.
+    console: Mutex<()>,
+    kill_asked: AtomicBool,
+    quit_asked: AtomicBool,
+    exit: watch::Sender<Option<VmmExit>>,
+}
+
+impl QemuMachine {
+    pub(crate) fn start(state: MachineState, process: PidFd, qmp: Qmp) -> Self {
+        let shared = Arc::new(Shared {
+            state,
+            process,
+            qmp: Mutex::new(Arc::new(qmp)),
+            console: Mutex::new(()),
+            kill_asked: AtomicBool::new(false),
+            quit_asked: AtomicBool::new(false),
+            exit: watch::Sender::new(None),
+        });
+        let watcher = tokio::spawn(watch_until_gone(Arc::clone(&shared)));
+        Self { shared, _watcher: AbortOnDropHandle::new(watcher) }
+    }
+}
+
+/// Waits for the end of the guest or of QEMU, whichever comes first, and sees it through.
+async fn watch_until_gone(shared: Arc<Shared>) {
+    let mut shutdown = None;
+    while shutdown.is_none() && shared.process.is_alive() {
+        match shared.connection().await {
+            Ok(qmp) => shutdown = shared.watch_connection(&qmp).await,
+            Err(error) => {
+                tracing::warn!(vm = %shared.state.vm, %error, "no control connection");
+                let _ = tokio::time::timeout(RECONNECT, shared.process.wait_exit()).await;
+            }
+        }
+    }
+    if shared.process.is_alive() {
+        shared.see_off().await;
+    }
+    let process = shared.process.wait_exit().await;
+    let cause = match shutdown {
+        Some(Shutdown::GuestPowerOff) => ExitCause::GuestPowerOff,
+        Some(Shutdown::GuestReset) => ExitCause::GuestReset,
+        Some(Shutdown::GuestPanic) => ExitCause::GuestPanic,
+        _ if shared.kill_asked.load(Ordering::Relaxed) => ExitCause::Killed,
+        _ if shared.quit_asked.load(Ordering::Relaxed) => ExitCause::Quit,
+        Some(Shutdown::HostQuit | Shutdown::Host) | None => ExitCause::Died,
+    };
+    tracing::debug!(vm = %shared.state.vm, %cause, ?process, "QEMU is gone");
+    shared.state.remove_files();
+    shared.exit.send_replace(Some(VmmExit { cause, process }));
+}
+
+impl Shared {
+    /// The control connection, made again if the last one broke.
+    async fn connection(&self) -> Result<Arc<Qmp>, MachineError> {
+        let mut qmp = self.qmp.lock().await;
+        if qmp.is_closed() {
+            if !self.process.is_alive() {
+                return Err(MachineError::Gone);
+            }
+            let again = tokio::select! {
+                biased;
+                _ = self.process.wait_exit() => return Err(MachineError::Gone),
+                again = Qmp::connect(&self.state.control) => again,
+            };
+            let again =
+                again.map_err(|source| MachineError::Control { doing: "connect to the VMM again", source })?;
+            *qmp = Arc::new(again);
+        }
+        Ok(Arc::clone(&qmp))
+    }
+
+    /// Returns when the guest has ended, with how; or `None` when the connection or the process has.
+    async fn watch_connection(&self, qmp: &Qmp) -> Option<Shutdown> {
+        // The guest may have ended before anybody listened.
+        match qmp.run_state().await.as_deref() {
+            Ok("shutdown") => return Some(qmp.seen().borrow().shutdown.unwrap_or(Shutdown::GuestPowerOff)),
+            Ok("guest-panicked") => return Some(Shutdown::GuestPanic),
+            _ => {}
+        }
+        let mut seen = qmp.seen();
+        let process_gone = async {
+            self.process.wait_exit().await;
+            tokio::time::sleep(LAST_EVENTS).await;
+        };
+        tokio::select! {
+            biased;
+            seen = seen.wait_for(|seen| seen.shutdown.is_some() || seen.closed) => {
+                seen.ok().and_then(|seen| seen.shutdown)
+            }
+            () = process_gone => qmp.seen().borrow().shutdown,
+        }
+    }
+
+    /// Sees a QEMU off whose guest has ended: last words, quit, and by force if need be.
+    async fn see_off(&self) {
+        let orderly = async {
+            if let Err(error) = self.save_console().await {
+                tracing::debug!(vm = %self.state.vm, %error, "cannot save the last of the console");
+            }
+            self.tell_to_quit().await?;
+            self.process.wait_exit().await;
+            Ok::<(), MachineError>(())
+        };
+        let left = tokio::time::timeout(QUIT_PATIENCE, orderly).await;
+        if !matches!(left, Ok(Ok(()))) && self.process.is_alive() {
+            tracing::warn!(vm = %self.state.vm, "QEMU does not quit; killing it");
+            if let Err(error) = self.process.send_signal(Signal::KILL) {
+                tracing::warn!(vm = %self.state.vm, %error, "cannot kill QEMU");
+            }
+        }
+    }
+
+    async fn execute(
+        &self,
+        doing: &'static str,
+        command: &str,
+        arguments: Value,
+    ) -> Result<Value, MachineError> {
+        let qmp = self.connection().await?;
+        qmp.execute(command, arguments).await.map_err(|source| self.control(doing, source))
+    }
+
+    /// An error of the connection, or that the process is gone where that is why.
+    fn control(&self, doing: &'static str, source: ControlError) -> MachineError {
+        if self.process.is_alive() { MachineError::Control { doing, source } } else { MachineError::Gone }
+    }
+
+    /// Sends `quit`. QEMU may be gone before it has answered.
+    async fn tell_to_quit(&self) -> Result<(), MachineError> {
+        let doing = "make the VMM quit";
+        match self.connection().await {
+            Ok(qmp) => match qmp.execute("quit", Value::Null).await {
+                Ok(_) | Err(ControlError::Closed) => Ok(()),
+                Err(source) => match self.control(doing, source) {
+                    MachineError::Gone => Ok(()),
+                    error => Err(error),
+                },
+            },
+            Err(MachineError::Gone) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Moves what the ring holds to the console log.
+    async fn save_console(&self) -> Result<(), MachineError> {
+        let _turn = self.console.lock().await;
+        let qmp = self.connection().await?;
+        let said = qmp
+            .read_ring(CONSOLE_CHARDEV, CONSOLE_RING)
+            .await
+            .map_err(|source| self.control("read the console", source))?;
+        if said.is_empty() {
+            return Ok(());
+        }
+        let path = self.state.console.clone();
+        on_disk(self, move || console::append(&path, &said)).await
+    }
+
+    /// Waits for the watcher to finish, so that nothing of the process is left.
+    async fn gone(&self, limit: Duration) -> Result<VmmExit, MachineError> {
+        let pid = self.state.process.pid;
+        tokio::time::timeout(limit, self.exited()).await.map_err(|_| MachineError::StillThere { pid, limit })
+    }
+
+    async fn exited(&self) -> VmmExit {
+        let mut exit = self.exit.subscribe();
+        // The sender lives in `self`, so waiting cannot fail; the value is there when it returns.
+        let exit = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
+        exit.unwrap_or(VmmExit { cause: ExitCause::Died, process: None })
+    }
+}
+
+/// Reads or writes the console log off the runtime's threads.
+async fn on_disk<T: Send + 'static>(
+    shared: &Shared,
+    act: impl FnOnce() -> std::io::Result<T> + Send + 'static,
+) -> Result<T, MachineError> {
+    let done = tokio::task::spawn_blocking(act).await.map_err(std::io::Error::from).flatten();
+    done.map_err(|source| MachineError::Console { path: shared.state.console.clone(), source })
+}
+
+#[async_trait]
+impl Machine for QemuMachine {
+    fn state(&self) -> &MachineState {
+        &self.shared.state
+    }
+
+    async fn status(&self) -> Result<MachineStatus, MachineError> {
+        let qmp = self.shared.connection().await?;
+        let state = qmp.run_state().await.map_err(|source| self.shared.control("ask for the status", source))?;
+        status_of(&state).ok_or(MachineError::Control {
+            doing: "ask for the status",
+            source: ControlError::Malformed { said: state },
+        })
+    }
+
+    async fn pause(&self) -> Result<(), MachineError> {
+        self.shared.execute("pause the VM", "stop", Value::Null).await.map(drop)
+    }
+
+    async fn resume(&self) -> Result<(), MachineError> {
+        self.shared.execute("resume the VM", "cont", Value::Null).await.map(drop)
+    }
+
+    async fn power_button(&self) -> Result<(), MachineError> {
+        self.shared.execute("press the power button", "system_powerdown", Value::Null).await.map(drop)
+    }
+
+    async fn quit(&self) -> Result<(), MachineError> {
+        self.shared.quit_asked.store(true, Ordering::Relaxed);
+        let _ = tokio::time::timeout(CONSOLE_PATIENCE, self.shared.save_console()).await;
+        self.shared.tell_to_quit().await?;
+        self.shared.gone(QUIT_PATIENCE).await.map(drop)
+    }
+
+    async fn kill(&self) -> Result<(), MachineError> {
+        self.shared.kill_asked.store(true, Ordering::Relaxed);
+        let _ = tokio::time::timeout(CONSOLE_PATIENCE, self.shared.save_console()).await;
+        let pid = self.shared.state.process.pid;
+        self.shared.process.send_signal(Signal::KILL).map_err(|source| MachineError::Kill { pid, source })?;
+        self.shared.gone(KILL_PATIENCE).await.map(drop)
+    }
+
+    async fn wait_exit(&self) -> VmmExit {
+        self.shared.exited().await
+    }
+
+    async fn resize_disk(&self, serial: &str, size: ByteSize) -> Result<(), MachineError> {
+        let doing = "grow a disk";
+        let node = disk_node(serial);
+        let qmp = self.shared.connection().await?;
+        let now = qmp.block_size(&node).await.map_err(|source| self.shared.control(doing, source))?;
+        let Some(now) = now else {
+            return Err(MachineError::NoDisk { serial: serial.to_owned() });
+        };
+        if now > size.bytes() {
+            let from = ByteSize::from_bytes(now);
+            return Err(MachineError::Shrink { serial: serial.to_owned(), from, to: size });
+        }
+        let arguments = json!({"node-name": node, "size": size.bytes()});
+        self.shared.execute(doing, "block_resize", arguments).await.map(drop)
+    }
+
+    async fn console_tail(&self, limit: usize) -> Result<Vec<u8>, MachineError> {
+        match self.shared.save_console().await {
+            // The log still has what was saved before.
+            Ok(()) | Err(MachineError::Gone) => {}
+            Err(error) => return Err(error),
+        }
+        let path = self.shared.state.console.clone();
+        on_disk(&self.shared, move || console::tail(&path, limit)).await
+    }
+
+    fn snapshots(&self) -> Option<&dyn Snapshots> {
+        None
+    }
+}
+
+/// QEMU's `RunState` in our words; `None` for one that there is not.
+fn status_of(run_state: &str) -> Option<MachineStatus> {
+    Some(match run_state {
+        "prelaunch" | "inmigrate" => MachineStatus::Prepared,
+        "running" => MachineStatus::Running,
+        "shutdown" | "guest-panicked" => MachineStatus::Ended,
+        "paused" | "suspended" | "debug" | "internal-error" | "io-error" | "watchdog" | "postmigrate"
+        | "finish-migrate" | "restore-vm" | "save-vm" | "colo" => MachineStatus::Paused,
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn run_states_are_read() {
+        for (word, expected) in [
+            ("running", Some(MachineStatus::Running)),
+            ("prelaunch", Some(MachineStatus::Prepared)),
+            ("paused", Some(MachineStatus::Paused)),
+            ("io-error", Some(MachineStatus::Paused)),
+            ("shutdown", Some(MachineStatus::Ended)),
+            ("guest-panicked", Some(MachineStatus::Ended)),
+            ("dancing", None),
+        ] {
+            assert_eq!(status_of(word), expected, "{word}");
+        }
+    }
+}
