@@ -3,6 +3,7 @@
 pub mod platform;
 pub mod reference;
 
+mod index;
 pub mod manifest;
 
 pub mod archive;
@@ -10,3 +11,6 @@ pub mod bootstrap;
 pub mod registry;
 
 pub mod layer;
+
+#[cfg(test)]
+mod testing;

@@ -1,7 +1,9 @@
 //! What the store knows about an image: its manifest and its config, read, checked, and written.
 //!
-//!     manifest ──► config      architecture, command, environment, diff_ids (hashes of the unpacked layers)
-//!        └───────► layers      one compressed tar each, lowest first; as many as there are diff_ids
+//! ```text
+//! manifest ──► config      architecture, command, environment, diff_ids (hashes of the unpacked layers)
+//!    └───────► layers      one compressed tar each, lowest first; as many as there are diff_ids
+//! ```
 //!
 //! Both forms that are met are read: OCI (image-spec, manifest.md and config.md) and Docker's schema 2. What is written is OCI.
 //! Which images there are and what they are called is not known here.
@@ -253,11 +255,10 @@ pub(crate) struct Blob {
     pub(crate) size: u64,
 }
 
-/// One image or nested index of an index.
+/// One image, or an index of its own, in an index.
 #[derive(Debug)]
 pub(crate) struct IndexEntry {
     pub(crate) blob: Blob,
-    pub(crate) nested: bool,
     pub(crate) platform: Option<Platform>,
     pub(crate) annotations: HashMap<String, String>,
 }
@@ -312,15 +313,13 @@ fn parse_index(bytes: &[u8]) -> Result<Vec<IndexEntry>, ManifestError> {
     let index: oci_spec::image::ImageIndex = json("index", bytes)?;
     let mut entries = Vec::with_capacity(index.manifests().len());
     for descriptor in index.manifests() {
-        let nested = match descriptor.media_type().to_string().as_str() {
-            OCI_MANIFEST | DOCKER_MANIFEST => false,
-            OCI_INDEX | DOCKER_INDEX => true,
-            // An index may also hold what is no image (image-spec, image-index.md): not ours to judge.
-            _ => continue,
-        };
+        let media_type = descriptor.media_type().to_string();
+        // An index may also hold what is no image (image-spec, image-index.md): not ours to judge.
+        if ![OCI_MANIFEST, DOCKER_MANIFEST, OCI_INDEX, DOCKER_INDEX].contains(&media_type.as_str()) {
+            continue;
+        }
         entries.push(IndexEntry {
             blob: blob("index", descriptor)?,
-            nested,
             platform: descriptor.platform().as_ref().map(|platform| Platform {
                 os: platform.os().to_string(),
                 architecture: platform.architecture().to_string(),
@@ -684,7 +683,6 @@ mod tests {
         let Ok(Document::Index(entries)) = Document::parse(index.to_string().as_bytes()) else { panic!() };
         assert_eq!(entries.len(), 2);
         assert_eq!(entries[0].platform, Some("linux/arm64/v8".parse().unwrap()));
-        assert!(!entries[0].nested && entries[1].nested);
         assert_eq!(entries[1].annotations["a"], "b");
     }
 

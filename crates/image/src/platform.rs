@@ -48,6 +48,11 @@ impl Platform {
         Self { os: "linux".into(), architecture: architecture.into(), variant: None }
     }
 
+    /// The platform that `text` names, or this machine's where there is no text.
+    pub fn parse_or_host(text: Option<&str>) -> Result<Self, PlatformError> {
+        text.map_or_else(|| Ok(Self::host()), str::parse)
+    }
+
     /// Whether an image made for `offered` is what this platform asks for. A variant only counts where both name one:
     /// most images of the only variant there is do not.
     pub fn accepts(&self, offered: &Self) -> bool {

@@ -1,8 +1,10 @@
 //! The blobs of all images: files named after the SHA-256 of what is in them.
 //!
-//!     <data>/blobs/sha256/<hex>     whole, checked, never changed; readable as the blobs of an OCI image layout
-//!     <data>/downloads/<hex>        partly fetched blobs, kept when a pull breaks, so that the next one goes on
-//!     <data>/tmp/blob-<random>      being written; removed when its writer is dropped, swept at start
+//! ```text
+//! <data>/blobs/sha256/<hex>     whole, checked, never changed; readable as the blobs of an OCI image layout
+//! <data>/downloads/<hex>        partly fetched blobs, kept when a pull breaks, so that the next one goes on
+//! <data>/tmp/blob-<random>      being written; removed when its writer is dropped, swept at start
+//! ```
 //!
 //! A blob is published by writing elsewhere, fsync of the file, rename, fsync of the folder. What a blob means (manifest,
 //! config, layer), and which ones are still needed, is not known here.
@@ -128,6 +130,11 @@ impl BlobStore {
             DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(BlobError::io("create", dir))?;
         }
         Ok(Self { places: Arc::new(places) })
+    }
+
+    /// Where unpublished work lies, on the blobs' own file system.
+    pub fn tmp_dir(&self) -> &Path {
+        &self.places.tmp
     }
 
     /// Whether the blob is there, whole.
@@ -436,6 +443,11 @@ impl BlobDownload {
     /// How many bytes are there, those of earlier attempts included.
     pub fn written(&self) -> u64 {
         self.written
+    }
+
+    /// Where it is written to, for messages.
+    pub fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Forgets what has come so far: the source cannot go on in the middle, or what came was wrong.
