@@ -129,7 +129,9 @@ impl Explain for ProbeError {
         match self {
             Self::Missing { package, .. } => vec![format!("apt install {package}")],
             Self::TooOld { .. } => vec!["use the one of Debian 12 or later, or run `offshoot doctor`".into()],
-            Self::Run { .. } | Self::Timeout { .. } | Self::Answer { .. } => vec!["run `offshoot doctor`".into()],
+            Self::Run { .. } | Self::Timeout { .. } | Self::Answer { .. } => {
+                vec!["run `offshoot doctor`".into()]
+            }
         }
     }
 }
@@ -203,7 +205,11 @@ fn exit_text(exit: Option<Exit>) -> String {
 }
 
 fn said_text(said: &str) -> String {
-    if said.is_empty() { String::new() } else { format!(": {said}") }
+    if said.is_empty() {
+        String::new()
+    } else {
+        format!(": {said}")
+    }
 }
 
 impl Explain for LaunchError {

@@ -10,14 +10,15 @@
 //!                    after a daemon restart    └──────────── Driver::reopen ◄────────────────┘
 //! ```
 
-pub mod plan;
-mod machine;
 mod driver;
 pub mod fake;
+mod machine;
+pub mod plan;
 pub mod qemu;
 
 pub use driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts, VmmFeature};
 pub use machine::{
-    AgentEndpoint, ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
+    AgentEndpoint, ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots,
+    VmmExit,
 };
 pub use plan::LaunchPlan;

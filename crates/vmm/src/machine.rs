@@ -319,7 +319,9 @@ impl Explain for MachineError {
 
     fn hints(&self) -> Vec<String> {
         match self {
-            Self::Control { .. } => vec!["end the VM with `offshoot kill` if it does not answer any more".into()],
+            Self::Control { .. } => {
+                vec!["end the VM with `offshoot kill` if it does not answer any more".into()]
+            }
             Self::StillThere { pid, .. } => vec![format!("look at what it waits for in /proc/{pid}/stack")],
             _ => Vec::new(),
         }

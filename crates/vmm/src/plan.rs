@@ -312,10 +312,16 @@ impl LaunchPlan {
     /// Refuses what no VMM can do. Pure: it looks at no file.
     pub fn validate(&self) -> Result<(), PlanError> {
         if self.cpus == 0 || self.cpus > MAX_CPUS {
-            return Err(PlanError::Cpus { given: self.cpus, most: MAX_CPUS });
+            return Err(PlanError::Cpus {
+                given: self.cpus,
+                most: MAX_CPUS,
+            });
         }
         if self.memory < MIN_MEMORY || self.memory.bytes() % (1 << 20) != 0 {
-            return Err(PlanError::Memory { given: self.memory, least: MIN_MEMORY });
+            return Err(PlanError::Memory {
+                given: self.memory,
+                least: MIN_MEMORY,
+            });
         }
         self.validate_paths()?;
         self.validate_cmdline()?;
@@ -337,11 +343,17 @@ impl LaunchPlan {
             .chain(self.shares.iter().map(|share| ("share socket", &share.socket)));
         for (what, path) in paths {
             if !is_plain_absolute(path) {
-                return Err(PlanError::Path { what, path: path.clone() });
+                return Err(PlanError::Path {
+                    what,
+                    path: path.clone(),
+                });
             }
         }
         if self.run_dir.as_os_str().len() > MAX_RUN_DIR {
-            return Err(PlanError::RunDirLength { path: self.run_dir.clone(), most: MAX_RUN_DIR });
+            return Err(PlanError::RunDirLength {
+                path: self.run_dir.clone(),
+                most: MAX_RUN_DIR,
+            });
         }
         Ok(())
     }
@@ -355,7 +367,10 @@ impl LaunchPlan {
         }
         let length = self.cmdline_text().len();
         if length > MAX_CMDLINE {
-            return Err(PlanError::CommandLine { length, most: MAX_CMDLINE });
+            return Err(PlanError::CommandLine {
+                length,
+                most: MAX_CMDLINE,
+            });
         }
         Ok(())
     }
@@ -363,7 +378,10 @@ impl LaunchPlan {
     fn validate_devices(&self) -> Result<(), PlanError> {
         let given = self.disks.len() + self.pmems.len() + self.shares.len() + self.nets.len();
         if given > MAX_DEVICES {
-            return Err(PlanError::Devices { given, most: MAX_DEVICES });
+            return Err(PlanError::Devices {
+                given,
+                most: MAX_DEVICES,
+            });
         }
         let name_chars = |c: u8| c.is_ascii_alphanumeric() || matches!(c, b'_' | b'-');
         let mut serials = HashSet::new();
@@ -371,25 +389,42 @@ impl LaunchPlan {
             let letter_first = serial.starts_with(|c: char| c.is_ascii_alphabetic());
             if !letter_first || serial.len() > MAX_SERIAL || !serial.bytes().all(name_chars) {
                 let rule = "1 to 20 letters, digits, `_` and `-`, a letter first";
-                return Err(PlanError::Name { what: "disk serial", name: serial.clone(), rule });
+                return Err(PlanError::Name {
+                    what: "disk serial",
+                    name: serial.clone(),
+                    rule,
+                });
             }
             if !serials.insert(serial) {
-                return Err(PlanError::Twice { what: "disk serial", name: serial.clone() });
+                return Err(PlanError::Twice {
+                    what: "disk serial",
+                    name: serial.clone(),
+                });
             }
         }
         let mut tags = HashSet::new();
         for SharePlan { tag, .. } in &self.shares {
             if tag.is_empty() || tag.len() > MAX_TAG || !tag.bytes().all(|c| name_chars(c) || c == b'.') {
                 let rule = "1 to 36 letters, digits, `_`, `.` and `-`";
-                return Err(PlanError::Name { what: "share tag", name: tag.clone(), rule });
+                return Err(PlanError::Name {
+                    what: "share tag",
+                    name: tag.clone(),
+                    rule,
+                });
             }
             if !tags.insert(tag) {
-                return Err(PlanError::Twice { what: "share tag", name: tag.clone() });
+                return Err(PlanError::Twice {
+                    what: "share tag",
+                    name: tag.clone(),
+                });
             }
         }
         for PmemPlan { size, .. } in &self.pmems {
             if size.bytes() == 0 || size.bytes() % PmemPlan::ALIGNMENT.bytes() != 0 {
-                return Err(PlanError::PmemSize { given: *size, unit: PmemPlan::ALIGNMENT });
+                return Err(PlanError::PmemSize {
+                    given: *size,
+                    unit: PmemPlan::ALIGNMENT,
+                });
             }
         }
         for NetPlan { backend, mac } in &self.nets {
@@ -403,7 +438,11 @@ impl LaunchPlan {
                     || !name.bytes().all(|c| name_chars(c) || c == b'.'))
             {
                 let rule = "1 to 15 letters, digits, `_`, `.` and `-`";
-                return Err(PlanError::Name { what: "network device", name: name.clone(), rule });
+                return Err(PlanError::Name {
+                    what: "network device",
+                    name: name.clone(),
+                    rule,
+                });
             }
         }
         Ok(())
@@ -437,7 +476,11 @@ pub(crate) mod tests {
             initramfs: Some("/k/initramfs".into()),
             cmdline: vec!["quiet".into(), "console=ttyS0".into()],
             console_device: ConsoleDevice::Serial,
-            disks: vec![DiskPlan { serial: "root".into(), path: "/b/root.erofs".into(), read_only: true }],
+            disks: vec![DiskPlan {
+                serial: "root".into(),
+                path: "/b/root.erofs".into(),
+                read_only: true,
+            }],
             pmems: Vec::new(),
             shares: Vec::new(),
             nets: Vec::new(),
@@ -455,18 +498,35 @@ pub(crate) mod tests {
             let error = plan.validate().expect_err(expected).to_string();
             assert!(error.contains(expected), "{error:?} does not say {expected:?}");
         };
-        let disk = |serial: &str| DiskPlan { serial: serial.into(), path: "/d".into(), read_only: false };
-        let net = |name: &str, first| NetPlan { backend: NetBackend::Tap(name.into()), mac: Mac([first, 0, 0, 0, 0, 1]) };
-        let pmem = |size| PmemPlan { path: "/p".into(), size: ByteSize::from_bytes(size), read_only: true };
+        let disk = |serial: &str| DiskPlan {
+            serial: serial.into(),
+            path: "/d".into(),
+            read_only: false,
+        };
+        let net = |name: &str, first| NetPlan {
+            backend: NetBackend::Tap(name.into()),
+            mac: Mac([first, 0, 0, 0, 0, 1]),
+        };
+        let pmem = |size| PmemPlan {
+            path: "/p".into(),
+            size: ByteSize::from_bytes(size),
+            read_only: true,
+        };
         check(&|p| p.cpus = 0, "0 vCPUs");
         check(&|p| p.cpus = 256, "256 vCPUs");
         check(&|p| p.memory = ByteSize::from_mib(15), "memory of");
-        check(&|p| p.memory = ByteSize::from_bytes((64 << 20) + 1), "whole number of MiB");
+        check(
+            &|p| p.memory = ByteSize::from_bytes((64 << 20) + 1),
+            "whole number of MiB",
+        );
         check(&|p| p.kernel = "vmlinux".into(), "kernel `vmlinux`");
         check(&|p| p.initramfs = Some("".into()), "initramfs ``");
         check(&|p| p.disks[0].path = "/a\nb".into(), "disk `/a");
         check(&|p| p.log = "/a\0b".into(), "log `/a");
-        check(&|p| p.run_dir = format!("/{}", "x".repeat(96)).into(), "too long for sockets");
+        check(
+            &|p| p.run_dir = format!("/{}", "x".repeat(96)).into(),
+            "too long for sockets",
+        );
         check(&|p| p.cmdline.push("a b".into()), "\"a b\"");
         check(&|p| p.cmdline.push(String::new()), "kernel parameter \"\"");
         check(&|p| p.cmdline.push("x=\"y\"".into()), "quotes");
@@ -476,12 +536,31 @@ pub(crate) mod tests {
         check(&|p| p.disks.push(disk("")), "disk serial");
         check(&|p| p.disks.push(disk(&"x".repeat(21))), "disk serial");
         check(&|p| p.disks.push(disk("a,b")), "disk serial");
-        check(&|p| p.shares.push(SharePlan { tag: "a b".into(), socket: "/s".into() }), "share tag");
-        check(&|p| p.shares.push(SharePlan { tag: "a".into(), socket: "s".into() }), "share socket");
+        check(
+            &|p| {
+                p.shares.push(SharePlan {
+                    tag: "a b".into(),
+                    socket: "/s".into(),
+                })
+            },
+            "share tag",
+        );
+        check(
+            &|p| {
+                p.shares.push(SharePlan {
+                    tag: "a".into(),
+                    socket: "s".into(),
+                })
+            },
+            "share socket",
+        );
         check(&|p| p.pmems.push(pmem(0)), "persistent memory of 0");
         check(&|p| p.pmems.push(pmem((2 << 20) + 4096)), "multiple of 2MiB");
         check(&|p| p.nets.push(net("tap0", 1)), "not the address of one");
         check(&|p| p.nets.push(net("a-name-too-long-x", 2)), "network device");
-        check(&|p| p.disks = (0..25).map(|n| disk(&format!("d{n}"))).collect(), "25 devices");
+        check(
+            &|p| p.disks = (0..25).map(|n| disk(&format!("d{n}"))).collect(),
+            "25 devices",
+        );
     }
 }

@@ -27,7 +27,10 @@ fn main() -> ExitCode {
         return complain("told to exit at start");
     }
     if let Err(error) = std::fs::File::open(&arguments.kernel) {
-        return complain(&format!("could not open kernel file '{}': {error}", arguments.kernel.display()));
+        return complain(&format!(
+            "could not open kernel file '{}': {error}",
+            arguments.kernel.display()
+        ));
     }
     match serve(arguments, behaviour) {
         Ok(status) => u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from),

@@ -36,10 +36,16 @@ pub fn read_opts(text: &OsStr) -> Vec<(Option<String>, OsString)> {
     let mut out = Vec::new();
     let mut rest = text.as_bytes();
     while !rest.is_empty() {
-        let end = rest.iter().position(|b| matches!(b, b'=' | b',')).unwrap_or(rest.len());
+        let end = rest
+            .iter()
+            .position(|b| matches!(b, b'=' | b','))
+            .unwrap_or(rest.len());
         let has_value = rest.get(end) == Some(&b'=');
         if !has_value && !out.is_empty() {
-            out.push((Some(String::from_utf8_lossy(&rest[..end]).into_owned()), "on".into()));
+            out.push((
+                Some(String::from_utf8_lossy(&rest[..end]).into_owned()),
+                "on".into(),
+            ));
             rest = rest.get(end + 1..).unwrap_or_default();
             continue;
         }
@@ -71,8 +77,10 @@ impl Arguments {
         let mut sockets = HashMap::new();
         let mut found = Self::default();
         for pair in args.windows(2) {
-            let opts: HashMap<_, _> =
-                read_opts(&pair[1]).into_iter().map(|(key, value)| (key.unwrap_or_default(), value)).collect();
+            let opts: HashMap<_, _> = read_opts(&pair[1])
+                .into_iter()
+                .map(|(key, value)| (key.unwrap_or_default(), value))
+                .collect();
             let text = |key: &str| opts.get(key).and_then(|value| value.to_str());
             match pair[0].to_str() {
                 Some("-chardev") => {
@@ -89,7 +97,9 @@ impl Arguments {
                 _ => {}
             }
         }
-        found.qmp = *sockets.get("qmp").ok_or(ArgumentsError::Missing { what: "chardev `qmp` with a descriptor" })?;
+        found.qmp = *sockets.get("qmp").ok_or(ArgumentsError::Missing {
+            what: "chardev `qmp` with a descriptor",
+        })?;
         found.agent = sockets.get("agent").copied();
         if found.kernel.as_os_str().is_empty() {
             return Err(ArgumentsError::Missing { what: "kernel" });
@@ -105,28 +115,49 @@ mod tests {
     #[test]
     fn options_are_split_as_qemu_does() {
         let check = |text: &str, expected: &[(Option<&str>, &str)]| {
-            let expected: Vec<_> =
-                expected.iter().map(|(key, value)| (key.map(str::to_owned), OsString::from(value))).collect();
+            let expected: Vec<_> = expected
+                .iter()
+                .map(|(key, value)| (key.map(str::to_owned), OsString::from(value)))
+                .collect();
             assert_eq!(read_opts(OsStr::new(text)), expected, "{text}");
         };
         check("", &[]);
         check("tap", &[(None, "tap")]);
-        check("socket,id=a,server=on", &[(None, "socket"), (Some("id"), "a"), (Some("server"), "on")]);
-        check("socket,server,id=a", &[(None, "socket"), (Some("server"), "on"), (Some("id"), "a")]);
-        check("path=/a,,b=c,,,x=1", &[(Some("path"), "/a,b=c,"), (Some("x"), "1")]);
+        check(
+            "socket,id=a,server=on",
+            &[(None, "socket"), (Some("id"), "a"), (Some("server"), "on")],
+        );
+        check(
+            "socket,server,id=a",
+            &[(None, "socket"), (Some("server"), "on"), (Some("id"), "a")],
+        );
+        check(
+            "path=/a,,b=c,,,x=1",
+            &[(Some("path"), "/a,b=c,"), (Some("x"), "1")],
+        );
         check("romfile=,mac=2", &[(Some("romfile"), ""), (Some("mac"), "2")]);
     }
 
     #[test]
     fn the_fake_finds_its_sockets() {
         let args: Vec<OsString> = [
-            "-nodefaults", "-chardev", "socket,id=qmp,fd=10,server=on", "-chardev", "socket,id=agent,fd=11",
-            "-blockdev", "driver=raw,node-name=disk-a,file.filename=/a,,b", "-kernel", "/k",
+            "-nodefaults",
+            "-chardev",
+            "socket,id=qmp,fd=10,server=on",
+            "-chardev",
+            "socket,id=agent,fd=11",
+            "-blockdev",
+            "driver=raw,node-name=disk-a,file.filename=/a,,b",
+            "-kernel",
+            "/k",
         ]
         .map(Into::into)
         .into();
         let found = Arguments::read(&args).unwrap();
-        assert_eq!((found.qmp, found.agent, found.kernel), (10, Some(11), "/k".into()));
+        assert_eq!(
+            (found.qmp, found.agent, found.kernel),
+            (10, Some(11), "/k".into())
+        );
         assert_eq!(found.disks["disk-a"], PathBuf::from("/a,b"));
         assert!(Arguments::read(&args[..3]).is_err());
         assert!(Arguments::read(&args[3..]).is_err());

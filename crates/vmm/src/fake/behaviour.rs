@@ -44,8 +44,16 @@ impl FromStr for Behaviour {
     fn from_str(text: &str) -> Result<Self, BehaviourError> {
         let mut out = Self::default();
         for word in text.split_ascii_whitespace() {
-            let refuse = || BehaviourError { word: word.to_owned() };
-            let millis = |value: &str| value.parse().map(Duration::from_millis).map(Some).map_err(|_| refuse());
+            let refuse = || BehaviourError {
+                word: word.to_owned(),
+            };
+            let millis = |value: &str| {
+                value
+                    .parse()
+                    .map(Duration::from_millis)
+                    .map(Some)
+                    .map_err(|_| refuse())
+            };
             match word.split_once('=') {
                 None if word == "exit" => out.exit = true,
                 None if word == "hang" => out.hang = true,
@@ -68,7 +76,9 @@ mod tests {
 
     #[test]
     fn words_are_read() {
-        let read: Behaviour = "hang refuse=stop refuse=cont die-after-ms=5 console=hi".parse().unwrap();
+        let read: Behaviour = "hang refuse=stop refuse=cont die-after-ms=5 console=hi"
+            .parse()
+            .unwrap();
         let expected = Behaviour {
             hang: true,
             refuse: vec!["stop".into(), "cont".into()],

@@ -20,9 +20,13 @@ pub fn answer_to_question(args: &[std::ffi::OsString]) -> Option<&'static str> {
     let words: Vec<_> = args.iter().filter_map(|arg| arg.to_str()).collect();
     match words.as_slice() {
         ["-version"] => Some("QEMU emulator version 7.2.0 (fake)\n"),
-        ["-machine", "help"] => Some("Supported machines are:\nmicrovm    microvm (i386)\nq35    Standard PC\n"),
+        ["-machine", "help"] => {
+            Some("Supported machines are:\nmicrovm    microvm (i386)\nq35    Standard PC\n")
+        }
         ["-accel", "help"] => Some("Accelerators supported in QEMU binary:\ntcg\n"),
-        ["-device", "help"] => Some("name \"virtio-pmem-pci\", bus PCI\nname \"vhost-user-fs-pci\", bus PCI\n"),
+        ["-device", "help"] => {
+            Some("name \"virtio-pmem-pci\", bus PCI\nname \"vhost-user-fs-pci\", bus PCI\n")
+        }
         _ => None,
     }
 }

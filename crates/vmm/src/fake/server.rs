@@ -157,7 +157,9 @@ impl Guest {
             }
             "ringbuf-read" => {
                 let said = std::mem::take(&mut self.console);
-                return Ok(Value::String(base64::engine::general_purpose::STANDARD.encode(said)));
+                return Ok(Value::String(
+                    base64::engine::general_purpose::STANDARD.encode(said),
+                ));
             }
             "query-named-block-nodes" => {
                 let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |meta| meta.len());
@@ -165,11 +167,16 @@ impl Guest {
                 return Ok(self.disks.iter().map(node).collect());
             }
             "block_resize" => {
-                let path = arguments["node-name"].as_str().and_then(|node| self.disks.get(node));
+                let path = arguments["node-name"]
+                    .as_str()
+                    .and_then(|node| self.disks.get(node));
                 let path = path.ok_or("Cannot find device")?;
-                let size = arguments["size"].as_u64().ok_or("Parameter 'size' expects a number")?;
+                let size = arguments["size"]
+                    .as_u64()
+                    .ok_or("Parameter 'size' expects a number")?;
                 let file = std::fs::OpenOptions::new().write(true).open(path);
-                file.and_then(|file| file.set_len(size)).map_err(|e| e.to_string())?;
+                file.and_then(|file| file.set_len(size))
+                    .map_err(|e| e.to_string())?;
             }
             _ => return Err(format!("The command {command} has not been found")),
         }

@@ -36,7 +36,12 @@ pub fn command_line(plan: &LaunchPlan, facts: &QemuFacts) -> Result<CommandLine,
     refuse_the_impossible(plan, facts)?;
     let mut line = CommandLine::default();
     let name = format!("offshoot-{}", plan.vm);
-    line.opts("name", Opts::pairs().with("guest", name).with_switch("debug-threads", true));
+    line.opts(
+        "name",
+        Opts::pairs()
+            .with("guest", name)
+            .with_switch("debug-threads", true),
+    );
     line.flag("nodefaults");
     line.flag("no-user-config");
     line.value("display", "none");
@@ -45,7 +50,9 @@ pub fn command_line(plan: &LaunchPlan, facts: &QemuFacts) -> Result<CommandLine,
     line.flag("no-shutdown");
     line.opts("msg", Opts::pairs().with_switch("timestamp", true));
     let deny = ["obsolete", "elevateprivileges", "spawn", "resourcecontrol"];
-    let sandbox = deny.into_iter().fold(Opts::of("on"), |opts, what| opts.with(what, "deny"));
+    let sandbox = deny
+        .into_iter()
+        .fold(Opts::of("on"), |opts, what| opts.with(what, "deny"));
     line.opts("sandbox", sandbox);
     machine(&mut line, plan, facts);
     boot(&mut line, plan);
@@ -59,11 +66,26 @@ pub fn command_line(plan: &LaunchPlan, facts: &QemuFacts) -> Result<CommandLine,
 
 fn refuse_the_impossible(plan: &LaunchPlan, facts: &QemuFacts) -> Result<(), LaunchError> {
     let wants = [
-        (plan.accel == Accel::Kvm && !facts.kvm, "use KVM: it was built without it"),
-        (plan.accel == Accel::Tcg && !facts.tcg, "run without KVM: it was built without its translator"),
-        (!plan.pmems.is_empty() && !facts.pmem, "offer persistent memory: it has no virtio-pmem-pci"),
-        (!plan.shares.is_empty() && !facts.virtiofs, "share folders: it has no vhost-user-fs-pci"),
-        (plan.agent != AgentChannel::VirtioSerial, "reach the agent over vsock as a Unix socket"),
+        (
+            plan.accel == Accel::Kvm && !facts.kvm,
+            "use KVM: it was built without it",
+        ),
+        (
+            plan.accel == Accel::Tcg && !facts.tcg,
+            "run without KVM: it was built without its translator",
+        ),
+        (
+            !plan.pmems.is_empty() && !facts.pmem,
+            "offer persistent memory: it has no virtio-pmem-pci",
+        ),
+        (
+            !plan.shares.is_empty() && !facts.virtiofs,
+            "share folders: it has no vhost-user-fs-pci",
+        ),
+        (
+            plan.agent != AgentChannel::VirtioSerial,
+            "reach the agent over vsock as a Unix socket",
+        ),
     ];
     match wants.into_iter().find(|(impossible, _)| *impossible) {
         Some((_, what)) => Err(LaunchError::Unsupported { vmm: "QEMU", what }),
@@ -81,7 +103,9 @@ fn machine(line: &mut CommandLine, plan: &LaunchPlan, facts: &QemuFacts) {
     let memory = format!("{}M", plan.memory.mib());
     if !plan.shares.is_empty() {
         // virtiofsd maps the guest's memory, so it must be shareable.
-        let backend = Opts::of("memory-backend-memfd").with("id", "ram").with("size", &memory);
+        let backend = Opts::of("memory-backend-memfd")
+            .with("id", "ram")
+            .with("size", &memory);
         line.opts("object", backend.with_switch("share", true));
         machine = machine.with("memory-backend", "ram");
     }
@@ -90,15 +114,28 @@ fn machine(line: &mut CommandLine, plan: &LaunchPlan, facts: &QemuFacts) {
         "accel",
         match plan.accel {
             Accel::Kvm => Opts::of("kvm"),
-            Accel::Tcg => Opts::of("tcg").with("thread", "multi").with("tb-size", TCG_CACHE_MIB),
+            Accel::Tcg => Opts::of("tcg")
+                .with("thread", "multi")
+                .with("tb-size", TCG_CACHE_MIB),
         },
     );
-    line.value("cpu", if plan.accel == Accel::Kvm { CPU_KVM } else { CPU_TCG });
+    line.value(
+        "cpu",
+        if plan.accel == Accel::Kvm {
+            CPU_KVM
+        } else {
+            CPU_TCG
+        },
+    );
     line.opts("smp", Opts::pairs().with("cpus", plan.cpus.to_string()));
     let mut size = Opts::pairs().with("size", &memory);
     if !plan.pmems.is_empty() {
         // Persistent memory lies above the RAM, in room that must be asked for. Devices align to at most 1 GiB.
-        let room: u64 = plan.pmems.iter().map(|pmem| pmem.size.mib().next_multiple_of(1024)).sum();
+        let room: u64 = plan
+            .pmems
+            .iter()
+            .map(|pmem| pmem.size.mib().next_multiple_of(1024))
+            .sum();
         size = size.with("maxmem", format!("{}M", plan.memory.mib() + room + 1024));
     }
     line.opts("m", size);
@@ -132,12 +169,22 @@ fn channels(line: &mut CommandLine, plan: &LaunchPlan) {
         socket.with_switch("server", true).with_switch("wait", false)
     };
     line.opts("chardev", listening("qmp", QMP_FD));
-    line.opts("mon", Opts::pairs().with("chardev", "qmp").with("mode", "control"));
-    let ring = Opts::of("ringbuf").with("id", CONSOLE_CHARDEV).with("size", CONSOLE_RING.to_string());
+    line.opts(
+        "mon",
+        Opts::pairs().with("chardev", "qmp").with("mode", "control"),
+    );
+    let ring = Opts::of("ringbuf")
+        .with("id", CONSOLE_CHARDEV)
+        .with("size", CONSOLE_RING.to_string());
     line.opts("chardev", ring);
     line.opts("chardev", listening("agent", AGENT_FD));
     // Port 0 of the bus is kept for a console.
-    line.opts("device", Opts::of("virtio-serial-pci").with("id", "serial").with("max_ports", "2"));
+    line.opts(
+        "device",
+        Opts::of("virtio-serial-pci")
+            .with("id", "serial")
+            .with("max_ports", "2"),
+    );
     match plan.console_device {
         ConsoleDevice::Serial => line.value("serial", format!("chardev:{CONSOLE_CHARDEV}")),
         ConsoleDevice::Virtio => {
@@ -145,7 +192,10 @@ fn channels(line: &mut CommandLine, plan: &LaunchPlan) {
             line.opts("device", console.with("chardev", CONSOLE_CHARDEV));
         }
     }
-    let port = Opts::of("virtserialport").with("bus", "serial.0").with("nr", "1").with("chardev", "agent");
+    let port = Opts::of("virtserialport")
+        .with("bus", "serial.0")
+        .with("nr", "1")
+        .with("chardev", "agent");
     line.opts("device", port.with("name", AgentChannel::PORT_NAME));
 }
 
@@ -165,14 +215,18 @@ fn disks(line: &mut CommandLine, plan: &LaunchPlan) {
             blockdev = blockdev.with("discard", "unmap").with("detect-zeroes", "unmap");
         }
         line.opts("blockdev", blockdev);
-        let device = Opts::of("virtio-blk-pci").with("drive", node).with("serial", &disk.serial);
+        let device = Opts::of("virtio-blk-pci")
+            .with("drive", node)
+            .with("serial", &disk.serial);
         line.opts("device", device);
     }
 }
 
 fn shares(line: &mut CommandLine, plan: &LaunchPlan) {
     for (n, share) in plan.shares.iter().enumerate() {
-        let socket = Opts::of("socket").with("id", format!("share{n}")).with("path", &share.socket);
+        let socket = Opts::of("socket")
+            .with("id", format!("share{n}"))
+            .with("path", &share.socket);
         line.opts("chardev", socket);
         let device = Opts::of("vhost-user-fs-pci").with("chardev", format!("share{n}"));
         line.opts("device", device.with("tag", &share.tag));
@@ -183,12 +237,17 @@ fn nets(line: &mut CommandLine, plan: &LaunchPlan) {
     for (n, (net, fd)) in plan.nets.iter().zip(FIRST_TAP_FD..).enumerate() {
         let tap = Opts::of("tap").with("id", format!("net{n}"));
         let tap = match &net.backend {
-            NetBackend::Tap(name) => tap.with("ifname", name).with("script", "no").with("downscript", "no"),
+            NetBackend::Tap(name) => tap
+                .with("ifname", name)
+                .with("script", "no")
+                .with("downscript", "no"),
             NetBackend::TapFd(_) => tap.with("fd", fd.to_string()),
         };
         line.opts("netdev", tap);
         // No boot ROM: nobody boots from the network, and loading it takes time.
-        let device = Opts::of("virtio-net-pci").with("netdev", format!("net{n}")).with("romfile", "");
+        let device = Opts::of("virtio-net-pci")
+            .with("netdev", format!("net{n}"))
+            .with("romfile", "");
         line.opts("device", device.with("mac", net.mac.to_string()));
     }
 }
@@ -215,8 +274,10 @@ mod tests {
         while let Some(option) = words.next() {
             let option = option.into_string().unwrap();
             let option = option.strip_prefix('-').expect("an option").to_owned();
-            let takes_none = ["nodefaults", "no-user-config", "no-reboot", "no-shutdown"].contains(&option.as_str());
-            let as_it_is = ["kernel", "initrd", "append", "display", "cpu", "serial"].contains(&option.as_str());
+            let takes_none =
+                ["nodefaults", "no-user-config", "no-reboot", "no-shutdown"].contains(&option.as_str());
+            let as_it_is =
+                ["kernel", "initrd", "append", "display", "cpu", "serial"].contains(&option.as_str());
             let value = match () {
                 () if takes_none => Vec::new(),
                 () if as_it_is => vec![(None, words.next().unwrap())],
@@ -227,10 +288,17 @@ mod tests {
         out
     }
 
-    fn value_of(options: &[(String, Vec<(Option<String>, OsString)>)], option: &str, key: &str) -> Vec<OsString> {
+    fn value_of(
+        options: &[(String, Vec<(Option<String>, OsString)>)],
+        option: &str,
+        key: &str,
+    ) -> Vec<OsString> {
         let lists = options.iter().filter(|(name, _)| name == option);
         let pairs = lists.flat_map(|(_, pairs)| pairs);
-        pairs.filter(|(k, _)| k.as_deref() == Some(key)).map(|(_, v)| v.clone()).collect()
+        pairs
+            .filter(|(k, _)| k.as_deref() == Some(key))
+            .map(|(_, v)| v.clone())
+            .collect()
     }
 
     proptest! {
@@ -296,10 +364,20 @@ mod tests {
         };
         let mut plan = bare_plan();
         assert_eq!(first_of(&plan, "machine"), "microvm");
-        assert_eq!((first_of(&plan, "accel"), first_of(&plan, "cpu")), ("tcg".into(), CPU_TCG.into()));
+        assert_eq!(
+            (first_of(&plan, "accel"), first_of(&plan, "cpu")),
+            ("tcg".into(), CPU_TCG.into())
+        );
         plan.accel = Accel::Kvm;
-        assert_eq!((first_of(&plan, "accel"), first_of(&plan, "cpu")), ("kvm".into(), CPU_KVM.into()));
-        plan.pmems.push(PmemPlan { path: "/p".into(), size: ByteSize::from_mib(100), read_only: true });
+        assert_eq!(
+            (first_of(&plan, "accel"), first_of(&plan, "cpu")),
+            ("kvm".into(), CPU_KVM.into())
+        );
+        plan.pmems.push(PmemPlan {
+            path: "/p".into(),
+            size: ByteSize::from_mib(100),
+            read_only: true,
+        });
         assert_eq!(first_of(&plan, "machine"), "q35");
         assert_eq!(value_of(&options(&plan), "m", "maxmem"), ["2304M"]);
     }
@@ -307,11 +385,18 @@ mod tests {
     #[test]
     fn writable_disks_give_back_and_read_only_ones_are_so() {
         let mut plan = bare_plan();
-        plan.disks.push(DiskPlan { serial: "overlay".into(), path: "/o".into(), read_only: false });
+        plan.disks.push(DiskPlan {
+            serial: "overlay".into(),
+            path: "/o".into(),
+            read_only: false,
+        });
         let options = options(&plan);
         assert_eq!(value_of(&options, "blockdev", "read-only"), ["on", "off"]);
         assert_eq!(value_of(&options, "blockdev", "discard"), ["unmap"]);
-        assert_eq!(value_of(&options, "blockdev", "node-name"), ["disk-root", "disk-overlay"]);
+        assert_eq!(
+            value_of(&options, "blockdev", "node-name"),
+            ["disk-root", "disk-overlay"]
+        );
         assert_eq!(value_of(&options, "device", "serial"), ["root", "overlay"]);
     }
 
@@ -319,7 +404,10 @@ mod tests {
     fn a_share_makes_the_memory_shareable() {
         let mut plan = bare_plan();
         assert!(value_of(&options(&plan), "machine", "memory-backend").is_empty());
-        plan.shares.push(SharePlan { tag: "t".into(), socket: "/s".into() });
+        plan.shares.push(SharePlan {
+            tag: "t".into(),
+            socket: "/s".into(),
+        });
         let options = options(&plan);
         assert_eq!(value_of(&options, "machine", "memory-backend"), ["ram"]);
         assert_eq!(value_of(&options, "object", "share"), ["on"]);
@@ -329,18 +417,40 @@ mod tests {
     fn what_this_qemu_lacks_is_refused() {
         let refuse = |change: &dyn Fn(&mut LaunchPlan, &mut QemuFacts), expected: &str| {
             let (mut plan, mut facts) = (bare_plan(), debian_12());
-            plan.nets.push(NetPlan { backend: NetBackend::Tap("t".into()), mac: Mac([2, 0, 0, 0, 0, 1]) });
+            plan.nets.push(NetPlan {
+                backend: NetBackend::Tap("t".into()),
+                mac: Mac([2, 0, 0, 0, 0, 1]),
+            });
             command_line(&plan, &facts).unwrap();
             change(&mut plan, &mut facts);
             let error = command_line(&plan, &facts).unwrap_err().to_string();
             assert!(error.contains(expected), "{error}");
         };
-        refuse(&|plan, facts| (plan.accel, facts.kvm) = (Accel::Kvm, false), "use KVM");
+        refuse(
+            &|plan, facts| (plan.accel, facts.kvm) = (Accel::Kvm, false),
+            "use KVM",
+        );
         refuse(&|_, facts| facts.tcg = false, "without KVM");
-        refuse(&|plan, _| plan.agent = AgentChannel::HybridVsock { cid: 3, port: 1 }, "vsock");
-        let pmem = PmemPlan { path: "/p".into(), size: ByteSize::from_mib(2), read_only: true };
-        refuse(&|plan, facts| (plan.pmems, facts.pmem) = (vec![pmem.clone()], false), "persistent memory");
-        let share = SharePlan { tag: "t".into(), socket: "/s".into() };
-        refuse(&|plan, facts| (plan.shares, facts.virtiofs) = (vec![share.clone()], false), "share folders");
+        refuse(
+            &|plan, _| plan.agent = AgentChannel::HybridVsock { cid: 3, port: 1 },
+            "vsock",
+        );
+        let pmem = PmemPlan {
+            path: "/p".into(),
+            size: ByteSize::from_mib(2),
+            read_only: true,
+        };
+        refuse(
+            &|plan, facts| (plan.pmems, facts.pmem) = (vec![pmem.clone()], false),
+            "persistent memory",
+        );
+        let share = SharePlan {
+            tag: "t".into(),
+            socket: "/s".into(),
+        };
+        refuse(
+            &|plan, facts| (plan.shares, facts.virtiofs) = (vec![share.clone()], false),
+            "share folders",
+        );
     }
 }

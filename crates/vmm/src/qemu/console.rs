@@ -26,7 +26,11 @@ pub(crate) fn append(path: &Path, said: &[u8]) -> io::Result<()> {
         return file.write_all(said);
     }
     let mut kept = tail_of(&mut file, usize::try_from(MAX_LOG / 2).unwrap_or(usize::MAX))?;
-    kept.extend_from_slice(&said[said.len().saturating_sub(usize::try_from(MAX_LOG / 2).unwrap_or(usize::MAX))..]);
+    kept.extend_from_slice(
+        &said[said
+            .len()
+            .saturating_sub(usize::try_from(MAX_LOG / 2).unwrap_or(usize::MAX))..],
+    );
     file.set_len(0)?;
     file.write_all(&kept)
 }
@@ -65,7 +69,10 @@ mod tests {
             append(&path, &vec![n; 50_000]).unwrap();
             assert!(std::fs::metadata(&path).unwrap().len() <= MAX_LOG);
         }
-        assert_eq!(tail(&path, 100_000).unwrap(), [vec![62; 50_000], vec![63; 50_000]].concat());
+        assert_eq!(
+            tail(&path, 100_000).unwrap(),
+            [vec![62; 50_000], vec![63; 50_000]].concat()
+        );
         append(&path, &vec![b'x'; 3 << 20]).unwrap();
         assert!(std::fs::metadata(&path).unwrap().len() <= MAX_LOG);
         assert_eq!(tail(&path, 3).unwrap(), b"xxx");

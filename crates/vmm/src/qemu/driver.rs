@@ -10,7 +10,7 @@ use std::io::{self, Read, Seek, SeekFrom};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use offshoot_sys::process::{
@@ -38,12 +38,19 @@ pub struct QemuConfig {
     pub program: PathBuf,
     /// Its environment, whole. QEMU needs none.
     pub env: Vec<(String, String)>,
+    /// How long it may take to answer a command.
+    pub patience: Duration,
 }
 
 impl Default for QemuConfig {
-    /// Where Debian puts it, with nothing in its environment.
+    /// Where Debian puts it, with nothing in its environment. A healthy QEMU answers within a millisecond; one that
+    /// waits for a slow disk holds its main loop for seconds.
     fn default() -> Self {
-        Self { program: "/usr/bin/qemu-system-x86_64".into(), env: Vec::new() }
+        Self {
+            program: "/usr/bin/qemu-system-x86_64".into(),
+            env: Vec::new(),
+            patience: Duration::from_secs(10),
+        }
     }
 }
 
@@ -57,12 +64,17 @@ pub struct QemuDriver {
 impl QemuDriver {
     /// A driver that has not looked at its program yet.
     pub fn new(config: QemuConfig) -> Self {
-        Self { config, facts: OnceCell::new() }
+        Self {
+            config,
+            facts: OnceCell::new(),
+        }
     }
 
     /// What this QEMU can do; asked once.
     pub async fn facts(&self) -> Result<&QemuFacts, ProbeError> {
-        self.facts.get_or_try_init(|| probe(&self.config.program, &self.config.env)).await
+        self.facts
+            .get_or_try_init(|| probe(&self.config.program, &self.config.env))
+            .await
     }
 }
 
@@ -78,10 +90,18 @@ impl Driver for QemuDriver {
 
     async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Machine>, LaunchError> {
         plan.validate().map_err(|source| LaunchError::Plan { source })?;
-        let facts = self.facts().await.map_err(|source| LaunchError::Probe { source })?;
-        let args = command_line(plan, facts)?.encode().map_err(|error| LaunchError::Plan {
-            source: PlanError::Path { what: error.option, path: error.value.into() },
-        })?;
+        let facts = self
+            .facts()
+            .await
+            .map_err(|source| LaunchError::Probe { source })?;
+        let args = command_line(plan, facts)?
+            .encode()
+            .map_err(|error| LaunchError::Plan {
+                source: PlanError::Path {
+                    what: error.option,
+                    path: error.value.into(),
+                },
+            })?;
         let log_start = std::fs::metadata(&plan.log).map_or(0, |meta| meta.len());
         let started = Instant::now();
         let (mut launched, command) = prepare(plan, &self.config, args)?;
@@ -98,12 +118,14 @@ impl Driver for QemuDriver {
             console: plan.console.clone(),
         };
         let record = plan.run_dir.join(MachineState::FILE);
-        state.save().map_err(|source| LaunchError::Prepare { path: record, source })?;
+        state
+            .save()
+            .map_err(|source| LaunchError::Prepare { path: record, source })?;
         let spawned = started.elapsed();
 
         let qmp = tokio::select! {
             biased;
-            qmp = Qmp::connect(&state.control) => qmp,
+            qmp = Qmp::connect(&state.control, self.config.patience) => qmp,
             _ = pidfd.wait_exit() => Err(ControlError::Closed),
         };
         let qmp = match qmp {
@@ -112,12 +134,20 @@ impl Driver for QemuDriver {
         };
         tracing::debug!(vm = %plan.vm, pid = state.process.pid, ?spawned, ready = ?started.elapsed(), "QEMU answers");
         launched.keep();
-        Ok(Box::new(QemuMachine::start(state, pidfd, qmp)))
+        Ok(Box::new(QemuMachine::start(
+            state,
+            pidfd,
+            qmp,
+            self.config.patience,
+        )))
     }
 
     async fn reopen(&self, state: &MachineState) -> Result<Option<Box<dyn Machine>>, ReopenError> {
         if state.driver != KIND {
-            return Err(ReopenError::Driver { wanted: KIND, found: state.driver.clone() });
+            return Err(ReopenError::Driver {
+                wanted: KIND,
+                found: state.driver.clone(),
+            });
         }
         let pid = state.process.pid;
         let held = PidFd::open(&state.process).map_err(|source| ReopenError::Process { pid, source })?;
@@ -127,16 +157,24 @@ impl Driver for QemuDriver {
         };
         let qmp = tokio::select! {
             biased;
-            qmp = Qmp::connect(&state.control) => qmp,
+            qmp = Qmp::connect(&state.control, self.config.patience) => qmp,
             _ = pidfd.wait_exit() => {
                 state.remove_files();
                 return Ok(None);
             }
         };
         match qmp {
-            Ok(qmp) => Ok(Some(Box::new(QemuMachine::start(state.clone(), pidfd, qmp)))),
+            Ok(qmp) => Ok(Some(Box::new(QemuMachine::start(
+                state.clone(),
+                pidfd,
+                qmp,
+                self.config.patience,
+            )))),
             Err(source) => {
-                let source = MachineError::Control { doing: "take over the VMM", source };
+                let source = MachineError::Control {
+                    doing: "take over the VMM",
+                    source,
+                };
                 Err(ReopenError::Control { pid, source })
             }
         }
@@ -190,18 +228,32 @@ fn prepare(
     };
     let mut command = DetachedCommand::new(&config.program);
     command.args = args;
-    command.env = config.env.iter().map(|(name, value)| (name.into(), value.into())).collect();
+    command.env = config
+        .env
+        .iter()
+        .map(|(name, value)| (name.into(), value.into()))
+        .collect();
     command.log = Some(plan.log.clone());
-    command.identity = plan.identity.clone().map(|who| Identity { uid: who.uid, gid: who.gid, groups: who.groups });
+    command.identity = plan.identity.clone().map(|who| Identity {
+        uid: who.uid,
+        gid: who.gid,
+        groups: who.groups,
+    });
     // A dump of QEMU is a dump of the guest's memory.
     command.limits = vec![ResourceLimit::Core(0)];
     for (path, number) in [(&launched.control, QMP_FD), (&launched.agent, AGENT_FD)] {
-        let fd = listen(path).map_err(|source| LaunchError::Prepare { path: path.clone(), source })?;
+        let fd = listen(path).map_err(|source| LaunchError::Prepare {
+            path: path.clone(),
+            source,
+        })?;
         command.inherit.push(InheritedFd { fd, number });
     }
     for (net, number) in plan.nets.iter().zip(FIRST_TAP_FD..) {
         if let NetBackend::TapFd(tap) = &net.backend {
-            let fd = share_fd(tap).map_err(|source| LaunchError::Prepare { path: "/dev/net/tun".into(), source })?;
+            let fd = share_fd(tap).map_err(|source| LaunchError::Prepare {
+                path: "/dev/net/tun".into(),
+                source,
+            })?;
             command.inherit.push(InheritedFd { fd, number });
         }
     }
@@ -218,14 +270,9 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Why QEMU did not answer, in its own words. Ends it first, so that it has no more of them.
-async fn failure(
-    plan: &LaunchPlan,
-    log_start: u64,
-    process: &PidFd,
-    source: ControlError,
-) -> LaunchError {
+async fn failure(plan: &LaunchPlan, log_start: u64, process: &PidFd, source: ControlError) -> LaunchError {
     // A QEMU that complains closes its sockets a moment before it is gone; its status then says more than ours.
-    let leaving = std::time::Duration::from_millis(500);
+    let leaving = Duration::from_millis(500);
     let ended_by_itself = tokio::time::timeout(leaving, process.wait_exit()).await;
     if ended_by_itself.is_err() {
         let _ = process.send_signal(Signal::KILL);
@@ -234,9 +281,14 @@ async fn failure(
     let (said, log) = (said_since(&plan.log, log_start), plan.log.clone());
     match ended_by_itself {
         Ok(exit) => LaunchError::Exited { exit, said, log },
-        Err(_) => {
-            LaunchError::Control { said, log, source: MachineError::Control { doing: "take over the VMM", source } }
-        }
+        Err(_) => LaunchError::Control {
+            said,
+            log,
+            source: MachineError::Control {
+                doing: "take over the VMM",
+                source,
+            },
+        },
     }
 }
 
@@ -252,8 +304,14 @@ fn said_since(log: &Path, start: u64) -> String {
     };
     let bytes = read().unwrap_or_default();
     let text = String::from_utf8_lossy(&bytes);
-    let lines = text.lines().map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>());
-    lines.map(|line| without_timestamp(&line).to_owned()).filter(|line| !line.is_empty()).collect::<Vec<_>>().join("; ")
+    let lines = text
+        .lines()
+        .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>());
+    lines
+        .map(|line| without_timestamp(&line).to_owned())
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 /// `2026-11-21T20:57:00.123456Z qemu-system-x86_64: words` without the time: the error is about now.
@@ -273,7 +331,11 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let log = folder.path().join("vmm.log");
         assert_eq!(said_since(&log, 0), "");
-        std::fs::write(&log, "old\n2026-11-21T20:57:00.123456Z qemu: cannot \x1b[31mx\nsecond\n\n").unwrap();
+        std::fs::write(
+            &log,
+            "old\n2026-11-21T20:57:00.123456Z qemu: cannot \x1b[31mx\nsecond\n\n",
+        )
+        .unwrap();
         assert_eq!(said_since(&log, 4), "qemu: cannot [31mx; second");
         std::fs::write(&log, "é".repeat(5000)).unwrap();
         assert!(said_since(&log, 0).chars().count() <= 1025);

@@ -43,6 +43,8 @@ pub(crate) struct QemuMachine {
 struct Shared {
     state: MachineState,
     process: PidFd,
+    /// How long QEMU may take to answer.
+    patience: Duration,
     qmp: Mutex<Arc<Qmp>>,
     /// One reader of the console ring at a time, or its pieces could reach the log in the wrong order.
     console: Mutex<()>,
@@ -52,10 +54,11 @@ struct Shared {
 }
 
 impl QemuMachine {
-    pub(crate) fn start(state: MachineState, process: PidFd, qmp: Qmp) -> Self {
+    pub(crate) fn start(state: MachineState, process: PidFd, qmp: Qmp, patience: Duration) -> Self {
         let shared = Arc::new(Shared {
             state,
             process,
+            patience,
             qmp: Mutex::new(Arc::new(qmp)),
             console: Mutex::new(()),
             kill_asked: AtomicBool::new(false),
@@ -63,7 +66,10 @@ impl QemuMachine {
             exit: watch::Sender::new(None),
         });
         let watcher = tokio::spawn(watch_until_gone(Arc::clone(&shared)));
-        Self { shared, _watcher: AbortOnDropHandle::new(watcher) }
+        Self {
+            shared,
+            _watcher: AbortOnDropHandle::new(watcher),
+        }
     }
 }
 
@@ -107,10 +113,12 @@ impl Shared {
             let again = tokio::select! {
                 biased;
                 _ = self.process.wait_exit() => return Err(MachineError::Gone),
-                again = Qmp::connect(&self.state.control) => again,
+                again = Qmp::connect(&self.state.control, self.patience) => again,
             };
-            let again =
-                again.map_err(|source| MachineError::Control { doing: "connect to the VMM again", source })?;
+            let again = again.map_err(|source| MachineError::Control {
+                doing: "connect to the VMM again",
+                source,
+            })?;
             *qmp = Arc::new(again);
         }
         Ok(Arc::clone(&qmp))
@@ -164,12 +172,18 @@ impl Shared {
         arguments: Value,
     ) -> Result<Value, MachineError> {
         let qmp = self.connection().await?;
-        qmp.execute(command, arguments).await.map_err(|source| self.control(doing, source))
+        qmp.execute(command, arguments)
+            .await
+            .map_err(|source| self.control(doing, source))
     }
 
     /// An error of the connection, or that the process is gone where that is why.
     fn control(&self, doing: &'static str, source: ControlError) -> MachineError {
-        if self.process.is_alive() { MachineError::Control { doing, source } } else { MachineError::Gone }
+        if self.process.is_alive() {
+            MachineError::Control { doing, source }
+        } else {
+            MachineError::Gone
+        }
     }
 
     /// Sends `quit`. QEMU may be gone before it has answered.
@@ -206,14 +220,19 @@ impl Shared {
     /// Waits for the watcher to finish, so that nothing of the process is left.
     async fn gone(&self, limit: Duration) -> Result<VmmExit, MachineError> {
         let pid = self.state.process.pid;
-        tokio::time::timeout(limit, self.exited()).await.map_err(|_| MachineError::StillThere { pid, limit })
+        tokio::time::timeout(limit, self.exited())
+            .await
+            .map_err(|_| MachineError::StillThere { pid, limit })
     }
 
     async fn exited(&self) -> VmmExit {
         let mut exit = self.exit.subscribe();
         // The sender lives in `self`, so waiting cannot fail; the value is there when it returns.
         let exit = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
-        exit.unwrap_or(VmmExit { cause: ExitCause::Died, process: None })
+        exit.unwrap_or(VmmExit {
+            cause: ExitCause::Died,
+            process: None,
+        })
     }
 }
 
@@ -222,8 +241,14 @@ async fn on_disk<T: Send + 'static>(
     shared: &Shared,
     act: impl FnOnce() -> std::io::Result<T> + Send + 'static,
 ) -> Result<T, MachineError> {
-    let done = tokio::task::spawn_blocking(act).await.map_err(std::io::Error::from).flatten();
-    done.map_err(|source| MachineError::Console { path: shared.state.console.clone(), source })
+    let done = tokio::task::spawn_blocking(act)
+        .await
+        .map_err(std::io::Error::from)
+        .flatten();
+    done.map_err(|source| MachineError::Console {
+        path: shared.state.console.clone(),
+        source,
+    })
 }
 
 #[async_trait]
@@ -234,7 +259,10 @@ impl Machine for QemuMachine {
 
     async fn status(&self) -> Result<MachineStatus, MachineError> {
         let qmp = self.shared.connection().await?;
-        let state = qmp.run_state().await.map_err(|source| self.shared.control("ask for the status", source))?;
+        let state = qmp
+            .run_state()
+            .await
+            .map_err(|source| self.shared.control("ask for the status", source))?;
         status_of(&state).ok_or(MachineError::Control {
             doing: "ask for the status",
             source: ControlError::Malformed { said: state },
@@ -242,15 +270,24 @@ impl Machine for QemuMachine {
     }
 
     async fn pause(&self) -> Result<(), MachineError> {
-        self.shared.execute("pause the VM", "stop", Value::Null).await.map(drop)
+        self.shared
+            .execute("pause the VM", "stop", Value::Null)
+            .await
+            .map(drop)
     }
 
     async fn resume(&self) -> Result<(), MachineError> {
-        self.shared.execute("resume the VM", "cont", Value::Null).await.map(drop)
+        self.shared
+            .execute("resume the VM", "cont", Value::Null)
+            .await
+            .map(drop)
     }
 
     async fn power_button(&self) -> Result<(), MachineError> {
-        self.shared.execute("press the power button", "system_powerdown", Value::Null).await.map(drop)
+        self.shared
+            .execute("press the power button", "system_powerdown", Value::Null)
+            .await
+            .map(drop)
     }
 
     async fn quit(&self) -> Result<(), MachineError> {
@@ -264,7 +301,10 @@ impl Machine for QemuMachine {
         self.shared.kill_asked.store(true, Ordering::Relaxed);
         let _ = tokio::time::timeout(CONSOLE_PATIENCE, self.shared.save_console()).await;
         let pid = self.shared.state.process.pid;
-        self.shared.process.send_signal(Signal::KILL).map_err(|source| MachineError::Kill { pid, source })?;
+        self.shared
+            .process
+            .send_signal(Signal::KILL)
+            .map_err(|source| MachineError::Kill { pid, source })?;
         self.shared.gone(KILL_PATIENCE).await.map(drop)
     }
 
@@ -276,16 +316,28 @@ impl Machine for QemuMachine {
         let doing = "grow a disk";
         let node = disk_node(serial);
         let qmp = self.shared.connection().await?;
-        let now = qmp.block_size(&node).await.map_err(|source| self.shared.control(doing, source))?;
+        let now = qmp
+            .block_size(&node)
+            .await
+            .map_err(|source| self.shared.control(doing, source))?;
         let Some(now) = now else {
-            return Err(MachineError::NoDisk { serial: serial.to_owned() });
+            return Err(MachineError::NoDisk {
+                serial: serial.to_owned(),
+            });
         };
         if now > size.bytes() {
             let from = ByteSize::from_bytes(now);
-            return Err(MachineError::Shrink { serial: serial.to_owned(), from, to: size });
+            return Err(MachineError::Shrink {
+                serial: serial.to_owned(),
+                from,
+                to: size,
+            });
         }
         let arguments = json!({"node-name": node, "size": size.bytes()});
-        self.shared.execute(doing, "block_resize", arguments).await.map(drop)
+        self.shared
+            .execute(doing, "block_resize", arguments)
+            .await
+            .map(drop)
     }
 
     async fn console_tail(&self, limit: usize) -> Result<Vec<u8>, MachineError> {

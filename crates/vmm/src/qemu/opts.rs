@@ -37,12 +37,18 @@ pub struct OptsError {
 impl Opts {
     /// A list that starts with a bare word.
     pub fn of(first: &'static str) -> Self {
-        Self { first: Some(first), pairs: Vec::new() }
+        Self {
+            first: Some(first),
+            pairs: Vec::new(),
+        }
     }
 
     /// A list of pairs alone.
     pub fn pairs() -> Self {
-        Self { first: None, pairs: Vec::new() }
+        Self {
+            first: None,
+            pairs: Vec::new(),
+        }
     }
 
     /// Adds `key=value`.
@@ -101,7 +107,10 @@ impl CommandLine {
         let mut out = Vec::with_capacity(2 * self.args.len());
         let check = |option, value: &OsStr| {
             if value.as_bytes().iter().any(u8::is_ascii_control) {
-                return Err(OptsError { option, value: value.to_owned() });
+                return Err(OptsError {
+                    option,
+                    value: value.to_owned(),
+                });
             }
             Ok(())
         };
@@ -166,7 +175,16 @@ mod tests {
         let mut line = CommandLine::default();
         line.flag("nodefaults");
         line.value("append", "a=b,c");
-        line.opts("x", Opts::pairs().with("a", "1,2").with_switch("b", true).with("c", ""));
-        assert_eq!(line.encode().unwrap(), ["-nodefaults", "-append", "a=b,c", "-x", "a=1,,2,b=on,c="]);
+        line.opts(
+            "x",
+            Opts::pairs()
+                .with("a", "1,2")
+                .with_switch("b", true)
+                .with("c", ""),
+        );
+        assert_eq!(
+            line.encode().unwrap(),
+            ["-nodefaults", "-append", "a=b,c", "-x", "a=1,,2,b=on,c="]
+        );
     }
 }

@@ -45,10 +45,16 @@ pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<Qe
         ask(&["-accel", "help"]),
         ask(&["-device", "help"]),
     )?;
-    let version = read_version(&version)
-        .ok_or_else(|| ProbeError::Answer { program: program.to_owned(), said: version.chars().take(200).collect() })?;
+    let version = read_version(&version).ok_or_else(|| ProbeError::Answer {
+        program: program.to_owned(),
+        said: version.chars().take(200).collect(),
+    })?;
     if !new_enough(&version) {
-        return Err(ProbeError::TooOld { program: program.to_owned(), version, least: LEAST_TEXT });
+        return Err(ProbeError::TooOld {
+            program: program.to_owned(),
+            version,
+            least: LEAST_TEXT,
+        });
     }
     Ok(QemuFacts {
         version,
@@ -63,9 +69,15 @@ pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<Qe
 async fn ask(program: &Path, env: &[(String, String)], words: &[&str]) -> Result<String, ProbeError> {
     let failed = |source: std::io::Error| {
         if source.kind() == std::io::ErrorKind::NotFound {
-            ProbeError::Missing { program: program.to_owned(), package: PACKAGE }
+            ProbeError::Missing {
+                program: program.to_owned(),
+                package: PACKAGE,
+            }
         } else {
-            ProbeError::Run { program: program.to_owned(), source }
+            ProbeError::Run {
+                program: program.to_owned(),
+                source,
+            }
         }
     };
     let mut child = Command::new(program)
@@ -88,12 +100,18 @@ async fn ask(program: &Path, env: &[(String, String)], words: &[&str]) -> Result
     };
     let status = tokio::time::timeout(PATIENCE, reading)
         .await
-        .map_err(|_| ProbeError::Timeout { program: program.to_owned(), limit: PATIENCE })?
+        .map_err(|_| ProbeError::Timeout {
+            program: program.to_owned(),
+            limit: PATIENCE,
+        })?
         .map_err(failed)?;
     let said = String::from_utf8_lossy(&said).into_owned();
     if !status.success() {
         let said = format!("{status}: {}", said.chars().take(200).collect::<String>());
-        return Err(ProbeError::Answer { program: program.to_owned(), said });
+        return Err(ProbeError::Answer {
+            program: program.to_owned(),
+            said,
+        });
     }
     Ok(said)
 }
@@ -115,7 +133,8 @@ fn new_enough(version: &str) -> bool {
 }
 
 fn has_first_word(list: &str, word: &str) -> bool {
-    list.lines().any(|line| line.split_ascii_whitespace().next() == Some(word))
+    list.lines()
+        .any(|line| line.split_ascii_whitespace().next() == Some(word))
 }
 
 /// Lines such as `name "virtio-pmem-pci", bus PCI, alias "virtio-pmem"`.
@@ -135,7 +154,11 @@ impl QemuFacts {
             (true, VmmFeature::VirtioSerial),
             (true, VmmFeature::ResizeDisk),
         ];
-        let features: BTreeSet<_> = features.into_iter().filter(|(has, _)| *has).map(|(_, f)| f).collect();
+        let features: BTreeSet<_> = features
+            .into_iter()
+            .filter(|(has, _)| *has)
+            .map(|(_, f)| f)
+            .collect();
         VmmFacts {
             kind: super::driver::KIND.into(),
             version: self.version.clone(),
@@ -151,7 +174,14 @@ pub(crate) mod tests {
 
     /// Debian 12's QEMU.
     pub(crate) fn debian_12() -> QemuFacts {
-        QemuFacts { version: "7.2.22".into(), microvm: true, kvm: true, tcg: true, pmem: true, virtiofs: true }
+        QemuFacts {
+            version: "7.2.22".into(),
+            microvm: true,
+            kvm: true,
+            tcg: true,
+            pmem: true,
+            virtiofs: true,
+        }
     }
 
     #[test]
@@ -160,7 +190,10 @@ pub(crate) mod tests {
             let found = read_version(said);
             assert_eq!(found.as_deref().map(|v| (v, new_enough(v))), expected, "{said}");
         };
-        check("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright", Some(("7.2.22", true)));
+        check(
+            "QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)\nCopyright",
+            Some(("7.2.22", true)),
+        );
         check("QEMU emulator version 10.0.2", Some(("10.0.2", true)));
         check("QEMU emulator version 5.2.0 (x)", Some(("5.2.0", false)));
         check("QEMU emulator version x", None);
@@ -170,10 +203,14 @@ pub(crate) mod tests {
 
     #[test]
     fn lists_are_read() {
-        let devices = "Storage devices:\nname \"virtio-pmem-pci\", bus PCI, alias \"virtio-pmem\"\nname \"x\"\n";
+        let devices =
+            "Storage devices:\nname \"virtio-pmem-pci\", bus PCI, alias \"virtio-pmem\"\nname \"x\"\n";
         assert!(has_device(devices, "virtio-pmem-pci"));
         assert!(!has_device(devices, "virtio-pmem"));
-        assert!(has_first_word("Supported machines are:\nmicrovm              microvm (i386)\n", "microvm"));
+        assert!(has_first_word(
+            "Supported machines are:\nmicrovm              microvm (i386)\n",
+            "microvm"
+        ));
         assert!(!has_first_word("q35   microvm", "microvm"));
     }
 

@@ -32,8 +32,6 @@ use crate::machine::ControlError;
 
 /// The longest answer we ask for is the whole console ring: 64 KiB in base64, 88 KiB. Anything longer is an attack.
 pub(crate) const MAX_LINE: usize = 256 << 10;
-/// A healthy QEMU answers within a millisecond; one that writes to a slow disk holds its main loop for seconds.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
 /// How many commands may wait for the writer; each caller has one.
 const QUEUE: usize = 16;
 
@@ -43,6 +41,7 @@ pub(crate) struct Qmp {
     lines: mpsc::Sender<Vec<u8>>,
     waiting: Arc<Waiting>,
     next_id: AtomicU64,
+    patience: Duration,
     seen: watch::Receiver<Seen>,
     _reader: AbortOnDropHandle<()>,
     _writer: AbortOnDropHandle<()>,
@@ -122,26 +121,34 @@ struct Command<'a> {
 }
 
 impl Qmp {
-    /// Connects, reads the greeting and negotiates nothing. Dropping the future closes the connection.
-    pub(crate) async fn connect(path: &Path) -> Result<Self, ControlError> {
+    /// Connects, reads the greeting and negotiates nothing. Dropping the future closes the connection. No wait, here
+    /// or for an answer, is longer than `patience`.
+    pub(crate) async fn connect(path: &Path, patience: Duration) -> Result<Self, ControlError> {
         let greet = async {
             let stream = UnixStream::connect(path)
                 .await
-                .map_err(|source| ControlError::Connect { path: path.to_owned(), source })?;
+                .map_err(|source| ControlError::Connect {
+                    path: path.to_owned(),
+                    source,
+                })?;
             let (reader, writer) = stream.into_split();
             let mut reader = BufReader::new(reader);
             let first = read_message(&mut reader).await?;
             if first.greeting.is_none() {
-                return Err(ControlError::Malformed { said: format!("{first:?}").chars().take(200).collect() });
+                return Err(ControlError::Malformed {
+                    said: format!("{first:?}").chars().take(200).collect(),
+                });
             }
-            let qmp = Self::start(reader, writer);
+            let qmp = Self::start(reader, writer, patience);
             qmp.execute("qmp_capabilities", Value::Null).await?;
             Ok(qmp)
         };
-        tokio::time::timeout(PATIENCE, greet).await.map_err(|_| ControlError::Timeout { limit: PATIENCE })?
+        tokio::time::timeout(patience, greet)
+            .await
+            .map_err(|_| ControlError::Timeout { limit: patience })?
     }
 
-    fn start(reader: BufReader<OwnedReadHalf>, writer: OwnedWriteHalf) -> Self {
+    fn start(reader: BufReader<OwnedReadHalf>, writer: OwnedWriteHalf, patience: Duration) -> Self {
         let (lines, to_write) = mpsc::channel(QUEUE);
         let (seen_by_reader, seen) = watch::channel(Seen::default());
         let waiting = Arc::new(Waiting(Mutex::new(Some(HashMap::new()))));
@@ -151,6 +158,7 @@ impl Qmp {
             lines,
             waiting,
             next_id: AtomicU64::new(1),
+            patience,
             seen,
             _reader: AbortOnDropHandle::new(reader),
             _writer: AbortOnDropHandle::new(writer),
@@ -160,11 +168,18 @@ impl Qmp {
     /// Runs a command. Dropping the future is safe; the command may still be carried out.
     pub(crate) async fn execute(&self, command: &str, arguments: Value) -> Reply {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let line = Command { execute: command, arguments, id };
-        let mut line = serde_json::to_vec(&line).map_err(|e| ControlError::Malformed { said: e.to_string() })?;
+        let line = Command {
+            execute: command,
+            arguments,
+            id,
+        };
+        let mut line =
+            serde_json::to_vec(&line).map_err(|e| ControlError::Malformed { said: e.to_string() })?;
         line.push(b'\n');
         let (sender, answer) = oneshot::channel();
-        let open = self.waiting.with(|waiting| waiting.as_mut().map(|map| map.insert(id, sender)).is_some());
+        let open = self
+            .waiting
+            .with(|waiting| waiting.as_mut().map(|map| map.insert(id, sender)).is_some());
         if !open {
             return Err(ControlError::Closed);
         }
@@ -172,11 +187,12 @@ impl Qmp {
             self.lines.send(line).await.map_err(|_| ControlError::Closed)?;
             answer.await.unwrap_or(Err(ControlError::Closed))
         };
-        let reply = tokio::time::timeout(PATIENCE, exchange).await;
+        let reply = tokio::time::timeout(self.patience, exchange).await;
         if reply.is_err() {
-            self.waiting.with(|waiting| waiting.as_mut().map(|map| map.remove(&id)));
+            self.waiting
+                .with(|waiting| waiting.as_mut().map(|map| map.remove(&id)));
         }
-        reply.unwrap_or(Err(ControlError::Timeout { limit: PATIENCE }))
+        reply.unwrap_or(Err(ControlError::Timeout { limit: self.patience }))
     }
 
     /// What the events so far mean; may be waited on.
@@ -208,16 +224,24 @@ impl Qmp {
 
     /// The size of a block device, bytes; `None` when there is no such node.
     pub(crate) async fn block_size(&self, node: &str) -> Result<Option<u64>, ControlError> {
-        let answer = self.execute("query-named-block-nodes", json!({"flat": true})).await?;
+        let answer = self
+            .execute("query-named-block-nodes", json!({"flat": true}))
+            .await?;
         let nodes = answer.as_array().map(Vec::as_slice).unwrap_or_default();
-        let found = nodes.iter().find(|entry| entry.pointer("/node-name").and_then(Value::as_str) == Some(node));
-        Ok(found.and_then(|entry| entry.pointer("/image/virtual-size")).and_then(Value::as_u64))
+        let found = nodes
+            .iter()
+            .find(|entry| entry.pointer("/node-name").and_then(Value::as_str) == Some(node));
+        Ok(found
+            .and_then(|entry| entry.pointer("/image/virtual-size"))
+            .and_then(Value::as_u64))
     }
 }
 
 fn text_at<'a>(answer: &'a Value, pointer: &str) -> Result<&'a str, ControlError> {
     let text = answer.pointer(pointer).and_then(Value::as_str);
-    text.ok_or_else(|| ControlError::Malformed { said: answer.to_string().chars().take(200).collect() })
+    text.ok_or_else(|| ControlError::Malformed {
+        said: answer.to_string().chars().take(200).collect(),
+    })
 }
 
 async fn read_message(reader: &mut BufReader<OwnedReadHalf>) -> Result<Message, ControlError> {
@@ -250,20 +274,30 @@ async fn read_all(mut reader: BufReader<OwnedReadHalf>, waiting: Arc<Waiting>, s
             }
         };
         if message.event.as_deref() == Some("SHUTDOWN") {
-            let guest = message.data.get("guest").and_then(Value::as_bool).unwrap_or_default();
-            let reason = message.data.get("reason").and_then(Value::as_str).unwrap_or_default();
+            let guest = message
+                .data
+                .get("guest")
+                .and_then(Value::as_bool)
+                .unwrap_or_default();
+            let reason = message
+                .data
+                .get("reason")
+                .and_then(Value::as_str)
+                .unwrap_or_default();
             let shutdown = Shutdown::read(guest, reason);
             // Our own quit follows the guest's end: the first reason is the true one.
             seen.send_modify(|seen| {
                 seen.shutdown.get_or_insert(shutdown);
             });
         }
-        let sender = message.id.and_then(|id| waiting.with(|waiting| waiting.as_mut()?.remove(&id)));
+        let sender = message
+            .id
+            .and_then(|id| waiting.with(|waiting| waiting.as_mut()?.remove(&id)));
         if let Some(sender) = sender {
             let reply = match (message.returned, message.error) {
-                (_, Some(refusal)) => {
-                    Err(ControlError::Refused { said: refusal.desc.chars().take(500).collect() })
-                }
+                (_, Some(refusal)) => Err(ControlError::Refused {
+                    said: refusal.desc.chars().take(500).collect(),
+                }),
                 (returned, None) => Ok(returned.unwrap_or_default()),
             };
             // The caller may have given up.
@@ -292,6 +326,7 @@ mod tests {
 
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(20);
     const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 7}}, "capabilities": []}}"#;
 
     /// Serves one client with `serve`, which gets its socket after the greeting and the negotiation.
@@ -303,12 +338,15 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         tokio::spawn(async move {
             let mut stream = BufReader::new(listener.accept().await.unwrap().0);
-            stream.write_all(format!("{GREETING}\r\n").as_bytes()).await.unwrap();
+            stream
+                .write_all(format!("{GREETING}\r\n").as_bytes())
+                .await
+                .unwrap();
             let id = next_id(&mut stream).await;
             answer(&mut stream, &format!(r#"{{"return": {{}}, "id": {id}}}"#)).await;
             serve(stream).await;
         });
-        (Qmp::connect(&path).await, folder)
+        (Qmp::connect(&path, PATIENCE).await, folder)
     }
 
     async fn next_id(stream: &mut BufReader<UnixStream>) -> u64 {
@@ -329,7 +367,11 @@ mod tests {
             answer(&mut stream, r#"{"event": "STOP", "timestamp": {}}"#).await;
             answer(&mut stream, &format!(r#"{{"return": 2, "id": {second}}}"#)).await;
             answer(&mut stream, r#"{"return": 0, "id": 999}"#).await;
-            answer(&mut stream, &format!(r#"{{"error": {{"class": "X", "desc": "no"}}, "id": {first}}}"#)).await;
+            answer(
+                &mut stream,
+                &format!(r#"{{"error": {{"class": "X", "desc": "no"}}, "id": {first}}}"#),
+            )
+            .await;
             next_id(&mut stream).await;
         })
         .await;
@@ -338,9 +380,15 @@ mod tests {
         assert_eq!(first.unwrap_err().to_string(), "the VMM refused: no");
         assert_eq!(second.unwrap(), 2);
         // The server reads this one and hangs up.
-        assert!(matches!(qmp.execute("c", Value::Null).await, Err(ControlError::Closed)));
+        assert!(matches!(
+            qmp.execute("c", Value::Null).await,
+            Err(ControlError::Closed)
+        ));
         assert!(qmp.is_closed());
-        assert!(matches!(qmp.execute("d", Value::Null).await, Err(ControlError::Closed)));
+        assert!(matches!(
+            qmp.execute("d", Value::Null).await,
+            Err(ControlError::Closed)
+        ));
     }
 
     #[tokio::test]
@@ -348,7 +396,11 @@ mod tests {
         let (qmp, _folder) = with_server(|mut stream| async move {
             for (guest, reason) in [(true, "guest-reset"), (false, "host-qmp-quit")] {
                 let data = format!(r#"{{"guest": {guest}, "reason": "{reason}"}}"#);
-                answer(&mut stream, &format!(r#"{{"event": "SHUTDOWN", "data": {data}}}"#)).await;
+                answer(
+                    &mut stream,
+                    &format!(r#"{{"event": "SHUTDOWN", "data": {data}}}"#),
+                )
+                .await;
             }
         })
         .await;
@@ -373,7 +425,12 @@ mod tests {
 
     #[tokio::test]
     async fn rubbish_ends_the_connection_and_the_wait() {
-        for rubbish in ["hello\n".to_owned(), "\u{1}\n".into(), "[".repeat(100_000) + "\n", "x".repeat(MAX_LINE + 10)] {
+        for rubbish in [
+            "hello\n".to_owned(),
+            "\u{1}\n".into(),
+            "[".repeat(100_000) + "\n",
+            "x".repeat(MAX_LINE + 10),
+        ] {
             let (qmp, _folder) = with_server(|mut stream| async move {
                 next_id(&mut stream).await;
                 let _ = stream.write_all(rubbish.as_bytes()).await;
@@ -389,24 +446,47 @@ mod tests {
     async fn what_is_no_qmp_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("qmp");
-        assert!(matches!(Qmp::connect(&path).await, Err(ControlError::Connect { .. })));
+        assert!(matches!(
+            Qmp::connect(&path, PATIENCE).await,
+            Err(ControlError::Connect { .. })
+        ));
         let listener = UnixListener::bind(&path).unwrap();
-        for (said, malformed) in [("{}\n", true), ("220 hello\n", true), ("", false), ("{\"QMP\": {}}", false)] {
+        for (said, malformed) in [
+            ("{}\n", true),
+            ("220 hello\n", true),
+            ("", false),
+            ("{\"QMP\": {}}", false),
+        ] {
             let serve = async {
                 let (mut stream, _) = listener.accept().await.unwrap();
                 stream.write_all(said.as_bytes()).await.unwrap();
             };
-            let (qmp, ()) = tokio::join!(Qmp::connect(&path), serve);
+            let (qmp, ()) = tokio::join!(Qmp::connect(&path, PATIENCE), serve);
             let error = qmp.unwrap_err();
-            assert_eq!(matches!(error, ControlError::Malformed { .. }), malformed, "{said:?}: {error}");
+            assert_eq!(
+                matches!(error, ControlError::Malformed { .. }),
+                malformed,
+                "{said:?}: {error}"
+            );
         }
     }
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn a_silent_vmm_is_given_up() {
-        let (qmp, _folder) = with_server(|_stream| std::future::pending()).await;
-        let qmp = qmp.unwrap();
-        assert!(matches!(qmp.execute("x", Value::Null).await, Err(ControlError::Timeout { .. })));
-        assert!(qmp.waiting.with(|waiting| waiting.as_ref().unwrap().is_empty()), "nothing is left of it");
+        let (qmp, _folder) = with_server(|stream| async move {
+            let _open = stream;
+            std::future::pending::<()>().await;
+        })
+        .await;
+        let mut qmp = qmp.unwrap();
+        qmp.patience = Duration::from_millis(20);
+        assert!(matches!(
+            qmp.execute("x", Value::Null).await,
+            Err(ControlError::Timeout { .. })
+        ));
+        assert!(
+            qmp.waiting.with(|waiting| waiting.as_ref().unwrap().is_empty()),
+            "nothing is left of it"
+        );
     }
 }

@@ -26,7 +26,7 @@ macro_rules! contract {
             async fn $name() {
                 let Some(rig) = super::Rig::new(super::Vmm::Qemu, $end) else { return };
                 super::$name(&rig, super::Vmm::Qemu).await;
-                rig.assert_nothing_left();
+                rig.assert_nothing_left().await;
             })*
         }
         mod on_the_fake {
@@ -34,7 +34,7 @@ macro_rules! contract {
             async fn $name() {
                 let Some(rig) = super::Rig::new(super::Vmm::Fake, $end) else { return };
                 super::$name(&rig, super::Vmm::Fake).await;
-                rig.assert_nothing_left();
+                rig.assert_nothing_left().await;
             })*
         }
     };
@@ -60,8 +60,17 @@ contract! {
 async fn it_says_what_it_can_do(rig: &Rig, _: Vmm) {
     let facts = rig.driver.probe().await.unwrap();
     assert_eq!((facts.kind.as_str(), rig.driver.kind()), ("qemu", "qemu"));
-    assert!(facts.version.starts_with(|c: char| c.is_ascii_digit()), "{}", facts.version);
-    for feature in [VmmFeature::Tcg, VmmFeature::Pmem, VmmFeature::Virtiofs, VmmFeature::VirtioSerial] {
+    assert!(
+        facts.version.starts_with(|c: char| c.is_ascii_digit()),
+        "{}",
+        facts.version
+    );
+    for feature in [
+        VmmFeature::Tcg,
+        VmmFeature::Pmem,
+        VmmFeature::Virtiofs,
+        VmmFeature::VirtioSerial,
+    ] {
         assert!(facts.features.contains(&feature), "{feature:?} in {facts:?}");
     }
     assert!(!facts.features.contains(&VmmFeature::Snapshots));
@@ -83,7 +92,7 @@ async fn it_pauses_resumes_and_quits(rig: &Rig, _: Vmm) {
     machine.quit().await.unwrap();
     let exit = machine.wait_exit().await;
     assert_eq!((exit.cause, exit.process), (ExitCause::Quit, Some(Exit::Code(0))));
-    rig.assert_nothing_left();
+    rig.assert_nothing_left().await;
     // Asked again, it is still gone.
     machine.quit().await.unwrap();
     machine.kill().await.unwrap();
@@ -94,13 +103,19 @@ async fn it_is_killed(rig: &Rig, _: Vmm) {
     let machine = rig.launch().await;
     let (killed, exit) = tokio::join!(machine.kill(), machine.wait_exit());
     killed.unwrap();
-    assert_eq!((exit.cause, exit.process), (ExitCause::Killed, Some(Exit::Signal(9))));
+    assert_eq!(
+        (exit.cause, exit.process),
+        (ExitCause::Killed, Some(Exit::Signal(9)))
+    );
 }
 
 async fn it_is_found_again_after_its_handle_was_dropped(rig: &Rig, _: Vmm) {
     let machine = rig.launch().await;
     let state = machine.state().clone();
-    assert_eq!(MachineState::load(&rig.plan.run_dir).unwrap().as_ref(), Some(&state));
+    assert_eq!(
+        MachineState::load(&rig.plan.run_dir).unwrap().as_ref(),
+        Some(&state)
+    );
     machine.pause().await.unwrap();
     drop(machine);
     let stored = serde_json::to_string(&state).unwrap();
@@ -115,10 +130,16 @@ async fn it_is_found_again_after_its_handle_was_dropped(rig: &Rig, _: Vmm) {
     assert_eq!(again.status().await.unwrap(), MachineStatus::Running);
     again.kill().await.unwrap();
     assert_eq!(again.wait_exit().await.cause, ExitCause::Killed);
-    rig.assert_nothing_left();
+    rig.assert_nothing_left().await;
     assert!(rig.driver.reopen(&stored).await.unwrap().is_none());
-    let foreign = MachineState { driver: "another".into(), ..stored };
-    assert!(matches!(rig.driver.reopen(&foreign).await, Err(ReopenError::Driver { .. })));
+    let foreign = MachineState {
+        driver: "another".into(),
+        ..stored
+    };
+    assert!(matches!(
+        rig.driver.reopen(&foreign).await,
+        Err(ReopenError::Driver { .. })
+    ));
 }
 
 async fn a_crash_is_noticed(rig: &Rig, _: Vmm) {
@@ -126,9 +147,12 @@ async fn a_crash_is_noticed(rig: &Rig, _: Vmm) {
     let process = PidFd::open(&machine.state().process).unwrap().unwrap();
     process.send_signal(Signal::KILL).unwrap();
     let exit = machine.wait_exit().await;
-    assert_eq!((exit.cause, exit.process), (ExitCause::Died, Some(Exit::Signal(9))));
+    assert_eq!(
+        (exit.cause, exit.process),
+        (ExitCause::Died, Some(Exit::Signal(9)))
+    );
     assert!(matches!(machine.status().await, Err(MachineError::Gone)));
-    rig.assert_nothing_left();
+    rig.assert_nothing_left().await;
 
     // And when nobody looked: the sockets are still there until somebody does.
     let machine = rig.launch().await;
@@ -153,7 +177,9 @@ async fn a_guest_that_ends_while_nobody_watches_is_found_ended(rig: &Rig, _: Vmm
     let state = machine.state().clone();
     drop(machine);
     let control = state.control.clone();
-    tokio::task::spawn_blocking(move || wait_until_shutdown(&control)).await.unwrap();
+    tokio::task::spawn_blocking(move || wait_until_shutdown(&control))
+        .await
+        .unwrap();
     let again = rig.driver.reopen(&state).await.unwrap().expect("it waits for us");
     assert_eq!(again.wait_exit().await.cause, ExitCause::GuestPowerOff);
     assert_eq!(std::fs::read(&rig.plan.console).unwrap(), HELLO.as_bytes());
@@ -164,11 +190,16 @@ fn wait_until_shutdown(control: &Path) {
     let stream = UnixStream::connect(control).unwrap();
     let mut writer = stream.try_clone().unwrap();
     let mut lines = BufReader::new(stream).lines();
-    writer.write_all(b"{\"execute\": \"qmp_capabilities\"}\n").unwrap();
+    writer
+        .write_all(b"{\"execute\": \"qmp_capabilities\"}\n")
+        .unwrap();
     loop {
-        writer.write_all(b"{\"execute\": \"query-status\", \"id\": 1}\n").unwrap();
-        let answer = lines.find(|line| line.as_ref().unwrap().contains("\"id\": 1")
-            || line.as_ref().unwrap().contains("\"id\":1"));
+        writer
+            .write_all(b"{\"execute\": \"query-status\", \"id\": 1}\n")
+            .unwrap();
+        let answer = lines.find(|line| {
+            line.as_ref().unwrap().contains("\"id\": 1") || line.as_ref().unwrap().contains("\"id\":1")
+        });
         if answer.unwrap().unwrap().contains("shutdown") {
             return;
         }
@@ -192,18 +223,31 @@ async fn a_launch_that_fails_says_why_in_the_vmms_words(rig: &Rig, _: Vmm) {
     plan.kernel = rig.folder.join("no-such-kernel");
     for _ in 0..2 {
         let error = rig.driver.launch(&plan).await.err().expect("there is no kernel");
-        let LaunchError::Exited { exit: Some(Exit::Code(1)), said, .. } = &error else { panic!("{error:?}") };
+        let LaunchError::Exited {
+            exit: Some(Exit::Code(1)),
+            said,
+            ..
+        } = &error
+        else {
+            panic!("{error:?}")
+        };
         assert!(said.contains("no-such-kernel"), "{said}");
         assert!(!said.contains("earlier run") && !said.contains('\n'), "{said}");
         assert_eq!(error.kind(), ErrorKind::Internal);
         assert!(error.hints()[0].contains("vmm.log"));
-        rig.assert_nothing_left();
+        rig.assert_nothing_left().await;
     }
     plan.cpus = 0;
-    assert!(matches!(rig.driver.launch(&plan).await, Err(LaunchError::Plan { .. })));
+    assert!(matches!(
+        rig.driver.launch(&plan).await,
+        Err(LaunchError::Plan { .. })
+    ));
     plan = rig.plan.clone();
     plan.run_dir = rig.folder.join("no-such-folder");
-    assert!(matches!(rig.driver.launch(&plan).await, Err(LaunchError::Prepare { .. })));
+    assert!(matches!(
+        rig.driver.launch(&plan).await,
+        Err(LaunchError::Prepare { .. })
+    ));
 }
 
 async fn a_launch_that_is_given_up_leaves_nothing(rig: &Rig, _: Vmm) {
@@ -211,24 +255,33 @@ async fn a_launch_that_is_given_up_leaves_nothing(rig: &Rig, _: Vmm) {
     {
         let mut launch = rig.driver.launch(&rig.plan);
         // Up to its first wait: the process has been made.
-        let first = std::future::poll_fn(|context| std::task::Poll::Ready(launch.as_mut().poll(context))).await;
+        let first =
+            std::future::poll_fn(|context| std::task::Poll::Ready(launch.as_mut().poll(context))).await;
         assert!(first.is_pending());
-        assert!(rig.plan.run_dir.join(MachineState::FILE).exists());
+        let state = MachineState::load(&rig.plan.run_dir)
+            .unwrap()
+            .expect("it is recorded");
+        rig.remember(state.process.pid);
     }
-    rig.wait_until_no_process().await;
 }
 
 async fn a_disk_grows_and_never_shrinks(rig: &Rig, _: Vmm) {
     let machine = rig.launch().await;
     let grown = ByteSize::from_mib(8);
     machine.resize_disk(DISK, grown).await.unwrap();
-    assert_eq!(std::fs::metadata(&rig.plan.disks[0].path).unwrap().len(), grown.bytes());
+    assert_eq!(
+        std::fs::metadata(&rig.plan.disks[0].path).unwrap().len(),
+        grown.bytes()
+    );
     machine.resize_disk(DISK, grown).await.unwrap();
     let error = machine.resize_disk(DISK, DISK_SIZE).await.unwrap_err();
     assert!(matches!(error, MachineError::Shrink { .. }), "{error:?}");
     let error = machine.resize_disk("other", grown).await.unwrap_err();
     assert!(matches!(error, MachineError::NoDisk { .. }), "{error:?}");
-    assert_eq!(std::fs::metadata(&rig.plan.disks[0].path).unwrap().len(), grown.bytes());
+    assert_eq!(
+        std::fs::metadata(&rig.plan.disks[0].path).unwrap().len(),
+        grown.bytes()
+    );
     machine.quit().await.unwrap();
 }
 
@@ -241,12 +294,18 @@ async fn the_console_is_kept(rig: &Rig, _: Vmm) {
     assert_eq!(machine.console_tail(7).await.unwrap(), b"console");
     assert_eq!(std::fs::read(&rig.plan.console).unwrap(), HELLO.as_bytes());
     machine.kill().await.unwrap();
-    assert_eq!(machine.console_tail(7).await.unwrap(), b"console", "the log outlives the process");
+    assert_eq!(
+        machine.console_tail(7).await.unwrap(),
+        b"console",
+        "the log outlives the process"
+    );
 }
 
 async fn the_agents_link_can_be_connected(rig: &Rig, _: Vmm) {
     let machine = rig.launch().await;
-    let AgentEndpoint::UnixLink(path) = machine.agent_endpoint() else { panic!("not over virtio-serial") };
+    let AgentEndpoint::UnixLink(path) = machine.agent_endpoint() else {
+        panic!("not over virtio-serial")
+    };
     let first = UnixStream::connect(path).unwrap();
     drop(first);
     UnixStream::connect(path).unwrap().write_all(b"x").unwrap();
@@ -264,7 +323,10 @@ async fn what_the_process_gets_is_no_more_than_it_needs(rig: &Rig, vmm: Vmm) {
     let machine = rig.launch().await;
     let status = std::fs::read_to_string(format!("/proc/{}/status", machine.state().process.pid)).unwrap();
     let field = |name: &str| {
-        let line = status.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("no {name}"));
+        let line = status
+            .lines()
+            .find(|line| line.starts_with(name))
+            .unwrap_or_else(|| panic!("no {name}"));
         line.split_once(':').unwrap().1.trim().to_owned()
     };
     assert_eq!(field("Uid"), "65534\t65534\t65534\t65534");
@@ -283,18 +345,25 @@ mod a_bad_vmm {
 
     async fn launch_error(behaviour: &str) -> LaunchError {
         let rig = Rig::with_behaviour(Vmm::Fake, End::Idle, behaviour).unwrap();
-        rig.driver.facts().await.unwrap();
-        // Waits that nothing ends are over at once.
-        tokio::time::pause();
-        let error = rig.driver.launch(&rig.plan).await.err().expect("it does not start");
-        rig.assert_nothing_left();
+        let error = rig
+            .driver
+            .launch(&rig.plan)
+            .await
+            .err()
+            .expect("it does not start");
+        rig.assert_nothing_left().await;
         error
     }
 
     #[tokio::test]
     async fn that_exits_at_once_is_quoted() {
         let error = launch_error("exit").await;
-        assert!(error.to_string().ends_with("status 1: offshoot-fake-vmm: told to exit at start"), "{error}");
+        assert!(
+            error
+                .to_string()
+                .ends_with("status 1: offshoot-fake-vmm: told to exit at start"),
+            "{error}"
+        );
     }
 
     #[tokio::test]
@@ -314,11 +383,13 @@ mod a_bad_vmm {
         let rig = Rig::with_behaviour(Vmm::Fake, End::Idle, "refuse=stop").unwrap();
         let machine = rig.launch().await;
         let error = machine.pause().await.unwrap_err();
-        let MachineError::Control { source, .. } = &error else { panic!("{error:?}") };
+        let MachineError::Control { source, .. } = &error else {
+            panic!("{error:?}")
+        };
         assert_eq!(source.to_string(), "the VMM refused: this fake refuses stop");
         assert_eq!(machine.status().await.unwrap(), MachineStatus::Running);
         machine.quit().await.unwrap();
-        rig.assert_nothing_left();
+        rig.assert_nothing_left().await;
     }
 
     #[tokio::test]
@@ -326,8 +397,11 @@ mod a_bad_vmm {
         let rig = Rig::with_behaviour(Vmm::Fake, End::Idle, "die-after-ms=200").unwrap();
         let machine = rig.launch().await;
         let exit = machine.wait_exit().await;
-        assert_eq!((exit.cause, exit.process), (ExitCause::Died, Some(Exit::Signal(6))));
-        rig.assert_nothing_left();
+        assert_eq!(
+            (exit.cause, exit.process),
+            (ExitCause::Died, Some(Exit::Signal(6)))
+        );
+        rig.assert_nothing_left().await;
     }
 
     #[tokio::test]
@@ -340,6 +414,6 @@ mod a_bad_vmm {
         assert_eq!(machine.status().await.unwrap(), MachineStatus::Running);
         machine.kill().await.unwrap();
         assert_eq!(machine.wait_exit().await.cause, ExitCause::Killed);
-        rig.assert_nothing_left();
+        rig.assert_nothing_left().await;
     }
 }

@@ -3,6 +3,7 @@
 use std::hash::{BuildHasher, RandomState};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use offshoot_model::{ByteSize, VmId};
@@ -29,6 +30,7 @@ pub(crate) struct Rig {
     pub(crate) driver: QemuDriver,
     pub(crate) plan: LaunchPlan,
     pub(crate) folder: PathBuf,
+    launched: Mutex<Vec<u32>>,
     _folder: tempfile::TempDir,
 }
 
@@ -49,6 +51,7 @@ impl Rig {
             Vmm::Fake => QemuConfig {
                 program: env!("CARGO_BIN_EXE_offshoot-fake-vmm").into(),
                 env: vec![(Behaviour::VARIABLE.into(), behaviour.into())],
+                patience: Duration::from_secs(2),
             },
         };
         if !config.program.exists() {
@@ -66,10 +69,17 @@ impl Rig {
         let kernel = folder.join("vmlinux,with=comma");
         std::fs::write(&kernel, guest::kernel(HELLO, end)).unwrap();
         let disk = folder.join("disk,with=comma");
-        std::fs::File::create(&disk).unwrap().set_len(DISK_SIZE.bytes()).unwrap();
+        std::fs::File::create(&disk)
+            .unwrap()
+            .set_len(DISK_SIZE.bytes())
+            .unwrap();
         // Only root can become somebody else.
         let am_root = rustix::process::geteuid().is_root();
-        let identity = am_root.then(|| VmmIdentity { uid: NOBODY, gid: NOBODY, groups: Vec::new() });
+        let identity = am_root.then(|| VmmIdentity {
+            uid: NOBODY,
+            gid: NOBODY,
+            groups: Vec::new(),
+        });
         if am_root {
             std::os::unix::fs::chown(&disk, Some(NOBODY), Some(NOBODY)).unwrap();
         }
@@ -85,46 +95,76 @@ impl Rig {
             initramfs: None,
             cmdline: vec!["console=ttyS0".into(), "x=a,b".into()],
             console_device: ConsoleDevice::Serial,
-            disks: vec![DiskPlan { serial: DISK.into(), path: disk, read_only: false }],
+            disks: vec![DiskPlan {
+                serial: DISK.into(),
+                path: disk,
+                read_only: false,
+            }],
             pmems: Vec::new(),
             shares: Vec::new(),
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity,
         };
-        Some(Self { driver: QemuDriver::new(config), plan, folder, _folder: temp })
+        Some(Self {
+            driver: QemuDriver::new(config),
+            plan,
+            folder,
+            launched: Mutex::default(),
+            _folder: temp,
+        })
     }
 
     /// Launches the VM; a failure shows QEMU's own words.
     pub(crate) async fn launch(&self) -> Box<dyn Machine> {
         let log = || std::fs::read_to_string(&self.plan.log).unwrap_or_default();
-        self.driver.launch(&self.plan).await.unwrap_or_else(|e| panic!("{e}; {}", log()))
+        let machine = self
+            .driver
+            .launch(&self.plan)
+            .await
+            .unwrap_or_else(|e| panic!("{e}; {}", log()));
+        self.remember(machine.state().process.pid);
+        machine
     }
 
-    /// Fails the test when a process or a socket of this VM is left.
-    pub(crate) fn assert_nothing_left(&self) {
+    /// Adds a process to those that must be gone in the end.
+    pub(crate) fn remember(&self, pid: u32) {
+        self.launched.lock().unwrap().push(pid);
+    }
+
+    /// Fails the test when a process, a zombie or a socket of this VM is left.
+    pub(crate) async fn assert_nothing_left(&self) {
+        // A process that is gone for its handle may have to be reaped yet.
+        let start = Instant::now();
+        let launched = std::mem::take(&mut *self.launched.lock().unwrap());
+        for process in launched.iter().map(|pid| PathBuf::from(format!("/proc/{pid}"))) {
+            while process.exists() {
+                assert!(
+                    start.elapsed() < Duration::from_secs(20),
+                    "{} is left",
+                    process.display()
+                );
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
         assert_eq!(self.processes(), Vec::<PathBuf>::new(), "processes are left");
-        let files: Vec<_> = std::fs::read_dir(&self.plan.run_dir).unwrap().map(|e| e.unwrap().file_name()).collect();
+        let files: Vec<_> = std::fs::read_dir(&self.plan.run_dir)
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
         assert!(files.is_empty(), "left in the run folder: {files:?}");
     }
 
     /// Processes, zombies excepted, that name this VM in their arguments.
-    pub(crate) fn processes(&self) -> Vec<PathBuf> {
+    fn processes(&self) -> Vec<PathBuf> {
         let name = format!("offshoot-{}", self.plan.vm);
         let names_us = |path: &Path| {
             let args = std::fs::read(path.join("cmdline")).unwrap_or_default();
             String::from_utf8_lossy(&args).contains(&name)
         };
-        let all = std::fs::read_dir("/proc").unwrap().filter_map(|entry| Some(entry.ok()?.path()));
+        let all = std::fs::read_dir("/proc")
+            .unwrap()
+            .filter_map(|entry| Some(entry.ok()?.path()));
         all.filter(|path| names_us(path)).collect()
-    }
-
-    /// Waits until no process of this VM is left.
-    pub(crate) async fn wait_until_no_process(&self) {
-        let start = Instant::now();
-        while !self.processes().is_empty() {
-            assert!(start.elapsed() < Duration::from_secs(20), "processes are left: {:?}", self.processes());
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
     }
 }
