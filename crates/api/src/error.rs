@@ -16,6 +16,9 @@ pub struct ApiError {
     pub causes: Vec<String>,
     /// What to do about it; each names a command or a path.
     pub hints: Vec<String>,
+    /// What the client should end with, when the failure is that of a command (126, 127).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub exit_status: Option<i32>,
 }
 
 impl ApiError {
@@ -26,6 +29,7 @@ impl ApiError {
             message: message.into(),
             causes: Vec::new(),
             hints: Vec::new(),
+            exit_status: None,
         }
     }
 
@@ -49,6 +53,7 @@ impl ApiError {
             message: error.to_string(),
             causes,
             hints: error.hints(),
+            exit_status: error.exit_status(),
         }
     }
 

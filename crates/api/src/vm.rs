@@ -102,6 +102,13 @@ pub struct KillQuery {
     pub signal: Option<String>,
 }
 
+/// Query of `POST /v1/vms/{vm}/rename`.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+pub struct RenameQuery {
+    /// The new name.
+    pub name: String,
+}
+
 /// Query of `GET /v1/vms/{vm}/logs`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]

@@ -1,1 +1,31 @@
-//! To come.
+//! The life of a VM.
+//!
+//! ```text
+//!           requests (mpsc)                     hooks, in order to start, backwards to stop
+//! daemon ───────────────────► owner task ──────────────────────────────► capabilities
+//!        ◄─────────────────── one per VM  ◄────────────────────────────── machine exit, main exit
+//!           view (watch)          │
+//!                                 └── row in the database, written before what it announces
+//! ```
+//!
+//! Read in this order: [`request`] says which request is legal when; [`capability`] is what a VM is put together
+//! from; [`run`] is one run of a VM; [`operation`] puts hooks into timed stages and undoes them; [`owner`] is the task
+//! that owns a VM; [`engine`] keeps all owners. [`output`] is what the main process wrote.
+//!
+//! Not here: HTTP, images, how a base is made. Back ends come in as values ([`engine::Parts`]).
+
+pub mod request;
+
+pub mod capability;
+pub mod capabilities;
+pub mod definition;
+pub mod paths;
+pub mod run;
+
+pub mod operation;
+pub mod output;
+
+pub mod engine;
+pub mod names;
+pub mod error;
+pub mod owner;

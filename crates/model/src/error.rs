@@ -36,4 +36,9 @@ pub trait Explain: std::error::Error {
 
     /// What to do about it, each naming a command or a path; empty when there is nothing to say.
     fn hints(&self) -> Vec<String>;
+
+    /// The status a client should end with because a command would have (126, 127), when the error decides that.
+    fn exit_status(&self) -> Option<i32> {
+        None
+    }
 }

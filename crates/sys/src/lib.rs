@@ -6,4 +6,5 @@ pub mod kvm;
 pub mod lock;
 pub mod process;
 pub mod random;
+pub mod signal;
 pub mod space;

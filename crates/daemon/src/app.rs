@@ -1,0 +1,187 @@
+//! What the daemon is put together from. Concrete back ends are named here and nowhere else.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt, chown};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, bail};
+use offshoot_engine::capabilities::{
+    Accelerator, AgentCapability, FoldersCapability, KernelCapability, MainProcessCapability, OverlayCapability,
+    RootCapability, VmmCapability,
+};
+use offshoot_engine::capability::Capability;
+use offshoot_engine::engine::{Engine, EngineConfig, Parts};
+use offshoot_kernel::KernelStore;
+use offshoot_rootfs::base::BaseStore;
+use offshoot_store::blobs::BlobStore;
+use offshoot_store::db::Db;
+use offshoot_sys::lock::FileLock;
+use offshoot_vmm::Driver;
+use offshoot_vmm::plan::Accel;
+use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
+
+use crate::config::DaemonConfig;
+use crate::images::Images;
+
+/// Everything that handlers share.
+pub struct App {
+    /// Settings.
+    pub config: DaemonConfig,
+    /// VMs.
+    pub engine: Engine,
+    /// Images and bases.
+    pub images: Images,
+    /// Kernel bundles.
+    pub kernels: Arc<KernelStore>,
+    /// VMMs, by name.
+    pub drivers: BTreeMap<&'static str, Arc<dyn Driver>>,
+    /// How guest instructions are run.
+    pub accelerator: Accelerator,
+    /// The agent that goes into kernel bundles.
+    pub agent: PathBuf,
+    /// Where everything is kept.
+    pub data_dir: PathBuf,
+    /// Where sockets lie.
+    pub run_dir: PathBuf,
+    /// Held while the daemon lives: no other one uses these directories.
+    _locks: [FileLock; 2],
+}
+
+/// What handlers get.
+pub type Shared = Arc<App>;
+
+impl App {
+    /// Opens everything, takes over VMs that run, and is ready for requests.
+    pub async fn start(
+        data_dir: &Path,
+        run_dir: &Path,
+        socket: &Path,
+        config: DaemonConfig,
+    ) -> anyhow::Result<Shared> {
+        let gid = config.gid();
+        // Other users come to the socket; VMMs come to their own folders; nobody else needs the data.
+        make_root(run_dir, 0o711, gid)?;
+        make_root(data_dir, 0o710, gid)?;
+        if let Some(parent) = socket.parent() {
+            std::fs::create_dir_all(parent).with_context(|| format!("cannot make {}", parent.display()))?;
+        }
+        let data_dir = &absolute(data_dir)?;
+        let run_dir = &absolute(run_dir)?;
+        make_root(&data_dir.join("locks"), 0o700, gid)?;
+        let locks = [lock(&data_dir.join("locks/daemon"))?, lock(&run_dir.join("daemon.lock"))?];
+
+        let db = Db::open(data_dir)?;
+        let blobs = BlobStore::open(data_dir)?;
+        let bases = Arc::new(BaseStore::open(data_dir, blobs.clone())?);
+        let kernels = Arc::new(KernelStore::open(data_dir)?);
+        for shared in ["bases", "kernels"] {
+            make_root(&data_dir.join(shared), 0o710, gid)?;
+        }
+        let agent = find_agent(config.agent.as_deref())?;
+        let accelerator = accelerator().await;
+        tracing::info!(kvm = accelerator.probe.explanation, "guests run {}", match accelerator.accel {
+            Accel::Kvm => "on KVM",
+            Accel::Tcg => "emulated",
+        });
+        let qemu: Arc<dyn Driver> = Arc::new(QemuDriver::new(QemuConfig {
+            program: config.qemu.clone(),
+            ..QemuConfig::default()
+        }));
+        let drivers = BTreeMap::from([(qemu.kind(), qemu)]);
+
+        let capabilities: Vec<Arc<dyn Capability>> = vec![
+            Arc::new(FoldersCapability { roots: [data_dir.clone(), run_dir.clone()], gid }),
+            Arc::new(RootCapability { bases: Arc::clone(&bases) }),
+            Arc::new(OverlayCapability { bases: Arc::clone(&bases) }),
+            Arc::new(KernelCapability { kernels: Arc::clone(&kernels) }),
+            Arc::new(VmmCapability { drivers: drivers.clone(), accelerator: accelerator.clone(), gid }),
+            Arc::new(AgentCapability { boot_timeout: config.boot_timeout() }),
+            Arc::new(MainProcessCapability),
+        ];
+        let engine_config = EngineConfig {
+            data_dir: data_dir.clone(),
+            run_dir: run_dir.clone(),
+            uid_base: config.uid_base,
+            uid_count: config.uid_count,
+            gid,
+        };
+        let engine = Engine::start(Parts { db: db.clone(), config: engine_config, capabilities }).await?;
+        refresh_kernel(&kernels, &agent).await;
+        let images = Images::new(db, blobs, bases, engine.clone(), config.clone());
+        Ok(Arc::new(Self {
+            config,
+            engine,
+            images,
+            kernels,
+            drivers,
+            accelerator,
+            agent,
+            data_dir: data_dir.clone(),
+            run_dir: run_dir.clone(),
+            _locks: locks,
+        }))
+    }
+}
+
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::fs::canonicalize(path).with_context(|| format!("cannot use {}", path.display()))
+}
+
+fn make_root(path: &Path, mode: u32, gid: u32) -> anyhow::Result<()> {
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(mode)
+        .create(path)
+        .and_then(|()| chown(path, None, Some(gid)))
+        .and_then(|()| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)))
+        .with_context(|| format!("cannot make {} (is this root?)", path.display()))
+}
+
+fn lock(path: &Path) -> anyhow::Result<FileLock> {
+    match FileLock::try_exclusive(path).with_context(|| format!("cannot lock {}", path.display()))? {
+        Some(lock) => Ok(lock),
+        None => bail!("another offshootd uses this directory ({} is locked)", path.display()),
+    }
+}
+
+/// The agent: as configured, beside this program, or where packages put it.
+fn find_agent(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("offshoot-agent")));
+    let packaged = PathBuf::from("/usr/lib/offshoot/offshoot-agent");
+    let places: Vec<PathBuf> = match configured {
+        Some(path) => vec![path.to_owned()],
+        None => beside.into_iter().chain([packaged]).collect(),
+    };
+    match places.iter().find(|path| path.is_file()) {
+        Some(path) => Ok(path.clone()),
+        None => bail!(
+            "no offshoot-agent at {}; build it with `make build`, or set `agent` in the config",
+            places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" or ")
+        ),
+    }
+}
+
+/// Asks `/dev/kvm` with a short guest loop, so that one that only pretends is treated as absent.
+async fn accelerator() -> Accelerator {
+    let probe = tokio::task::spawn_blocking(offshoot_sys::kvm::probe).await.unwrap_or_else(|panic| {
+        std::panic::resume_unwind(panic.into_panic());
+    });
+    let accel = if probe.native { Accel::Kvm } else { Accel::Tcg };
+    let kvm_gid = std::fs::metadata("/dev/kvm").ok().map(|meta| meta.gid());
+    Accelerator { accel, probe, kvm_gid }
+}
+
+/// Puts this version's agent into the default bundle when it holds another one. A failure is not the end: the old
+/// bundle still boots.
+async fn refresh_kernel(kernels: &KernelStore, agent: &Path) {
+    let Ok(bundle) = kernels.default() else { return };
+    match kernels.refresh(&bundle.id, agent).await {
+        Ok(fresh) if fresh.id != bundle.id => {
+            let chosen = kernels.set_default(&fresh.id);
+            tracing::info!(old = %bundle.id, new = %fresh.id, ?chosen, "put this version's agent into the kernel bundle");
+        }
+        Ok(_) => {}
+        Err(error) => tracing::warn!(%error, "cannot put this version's agent into the kernel bundle"),
+    }
+}

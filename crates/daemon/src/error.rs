@@ -1,0 +1,48 @@
+//! Every error as the one wire form.
+
+use axum::Json;
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use offshoot_api::error::ApiError;
+use offshoot_model::{ErrorKind, Explain};
+
+/// An error on its way to a client.
+#[derive(Debug)]
+pub struct Failure(pub ApiError);
+
+/// What a handler gives.
+pub type Answer<T> = Result<T, Failure>;
+
+impl<E: Explain> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self(ApiError::from_explained(&error))
+    }
+}
+
+impl Failure {
+    /// An error of our own with no cause.
+    pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
+        Self(ApiError::new(kind, message))
+    }
+
+    /// The same with a hint.
+    #[must_use]
+    pub fn hint(self, hint: impl Into<String>) -> Self {
+        Self(self.0.hint(hint))
+    }
+
+    /// Work that panicked or was aborted: our own fault, and the log has it.
+    pub fn broken(what: &str) -> Self {
+        Self::new(ErrorKind::Internal, format!("{what} broke off")).hint("look at the daemon's log")
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let status = StatusCode::from_u16(self.0.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        if status.is_server_error() {
+            tracing::warn!(error = ?self.0, "a request failed");
+        }
+        (status, Json(self.0)).into_response()
+    }
+}

@@ -1,0 +1,312 @@
+//! Images as the daemon keeps them: names in the database, blobs, bases, and who still needs what.
+
+use std::io::Read;
+use std::sync::Arc;
+
+use offshoot_api::image::{
+    BaseSummary, BootstrapRequest, ImageDetails, ImageSummary, LayerSummary, PullRequest, RegistryCredentials,
+};
+use offshoot_engine::engine::Engine;
+use offshoot_image::archive::{self, ImportOptions};
+use offshoot_image::bootstrap::{self, BootstrapOptions};
+use offshoot_image::manifest::StoredImage;
+use offshoot_image::reference::ImageReference;
+use offshoot_image::registry::{self, PullOptions, RegistryAuth};
+use offshoot_model::{BaseId, Digest, ErrorKind, Progress};
+use offshoot_rootfs::base::{BaseStore, base_id};
+use offshoot_store::blobs::BlobStore;
+use offshoot_store::db::{Db, ImageRow};
+use tokio::sync::RwLock;
+
+use crate::config::DaemonConfig;
+use crate::error::{Answer, Failure};
+use crate::time::now_ms;
+
+/// All images. Cheap to clone.
+#[derive(Clone)]
+pub struct Images {
+    db: Db,
+    blobs: BlobStore,
+    bases: Arc<BaseStore>,
+    engine: Engine,
+    config: Arc<DaemonConfig>,
+    /// Held for reading by whatever makes blobs and bases that no row speaks of yet, for writing by the sweep.
+    in_use: Arc<RwLock<()>>,
+}
+
+/// An image that a VM can be made from.
+pub struct ReadyImage {
+    /// The image.
+    pub image: StoredImage,
+    /// Its base.
+    pub base: BaseId,
+    /// Keeps the sweep away until the VM's row is written.
+    pub lease: tokio::sync::OwnedRwLockReadGuard<()>,
+}
+
+impl Images {
+    /// All images of one data directory.
+    pub fn new(db: Db, blobs: BlobStore, bases: Arc<BaseStore>, engine: Engine, config: DaemonConfig) -> Self {
+        Self { db, blobs, bases, engine, config: Arc::new(config), in_use: Arc::default() }
+    }
+
+    /// Every name, newest first.
+    pub async fn list(&self) -> Answer<Vec<ImageSummary>> {
+        let rows = self.db.call(Db::images).await?;
+        rows.iter().map(|row| self.summary(row)).collect()
+    }
+
+    /// Everything about one image.
+    pub async fn inspect(&self, reference: &str) -> Answer<ImageDetails> {
+        let row = self.row(reference).await?;
+        let image = StoredImage::load(&self.blobs, &row.digest)?;
+        let id = base_id(&image.digest);
+        let base = self.bases.get(&id).ok().map(|base| BaseSummary {
+            id: id.to_string(),
+            disk_bytes: offshoot_sys::space::disk_usage(&base.dir).unwrap_or(0),
+        });
+        Ok(ImageDetails {
+            summary: self.summary(&row)?,
+            config: image.config.clone(),
+            architecture: image.architecture.clone(),
+            os: image.os.clone(),
+            layers: image
+                .layers
+                .iter()
+                .map(|layer| LayerSummary { digest: layer.digest, diff_id: layer.diff_id, size: layer.size })
+                .collect(),
+            base,
+        })
+    }
+
+    /// Fetches an image from its registry.
+    pub async fn pull(&self, request: PullRequest, progress: &Progress) -> Answer<ImageSummary> {
+        let reference: ImageReference = request.reference.parse()?;
+        let lease = self.in_use.clone().read_owned().await;
+        let options = PullOptions {
+            platform: request.platform,
+            auth: match request.auth {
+                None => RegistryAuth::Anonymous,
+                Some(RegistryCredentials::Basic { username, password }) => {
+                    RegistryAuth::Basic { user: username, password }
+                }
+                Some(RegistryCredentials::Bearer { token }) => RegistryAuth::Bearer(token),
+            },
+            plain_http: self.config.insecure_registries.clone(),
+            ..PullOptions::default()
+        };
+        let digest = registry::pull(&self.blobs, &reference.to_string(), &options, progress).await?;
+        self.keep(&reference, digest, request.prepare, progress, lease).await
+    }
+
+    /// Makes an image from the distribution's own packages.
+    pub async fn bootstrap(&self, request: BootstrapRequest, progress: &Progress) -> Answer<ImageSummary> {
+        let name = request.name.as_deref().unwrap_or(&request.recipe);
+        let reference: ImageReference = name.parse()?;
+        let lease = self.in_use.clone().read_owned().await;
+        let options = BootstrapOptions {
+            suite: request.recipe,
+            include: request.include,
+            mirror: request.mirror,
+            ..BootstrapOptions::default()
+        };
+        let digest = bootstrap::bootstrap(&self.blobs, &options, progress).await?;
+        self.keep(&reference, digest, request.prepare, progress, lease).await
+    }
+
+    /// Takes an archive in.
+    pub async fn import(
+        &self,
+        source: impl Read + Send + 'static,
+        name: Option<&str>,
+        prepare: bool,
+        progress: &Progress,
+    ) -> Answer<Vec<ImageSummary>> {
+        let reference = name.map(str::parse::<ImageReference>).transpose()?;
+        let lease = self.in_use.clone().read_owned().await;
+        let options = ImportOptions {
+            reference: reference.as_ref().map(ToString::to_string),
+            limit: self.config.import_limit(),
+            ..ImportOptions::default()
+        };
+        let (blobs, reporter) = (self.blobs.clone(), progress.clone());
+        let imported =
+            tokio::task::spawn_blocking(move || archive::import(&blobs, source, &options, &reporter))
+                .await
+                .map_err(|_| Failure::broken("the import"))??;
+        let mut kept = Vec::new();
+        for image in imported {
+            let Some(name) = image.reference else {
+                return Err(Failure::new(ErrorKind::InvalidRequest, "the archive does not name its image")
+                    .hint("give it one with `offshoot image import --name REF`"));
+            };
+            let reference: ImageReference = name.parse()?;
+            let lease = self.in_use.clone().read_owned().await;
+            kept.push(self.keep(&reference, image.digest, prepare, progress, lease).await?);
+        }
+        drop(lease);
+        self.sweep_if_idle().await;
+        Ok(kept)
+    }
+
+    /// Makes the base of an image now.
+    pub async fn prepare(&self, reference: &str, progress: &Progress) -> Answer<ImageSummary> {
+        let row = self.row(reference).await?;
+        let _lease = self.in_use.read().await;
+        let image = StoredImage::load(&self.blobs, &row.digest)?;
+        self.bases.ensure(&image, progress).await?;
+        self.summary(&row)
+    }
+
+    /// The image and its base, made now when it is not there yet.
+    pub async fn ready(&self, reference: &str, progress: &Progress) -> Answer<ReadyImage> {
+        let row = self.row(reference).await?;
+        let lease = self.in_use.clone().read_owned().await;
+        let image = StoredImage::load(&self.blobs, &row.digest)?;
+        let base = self.bases.ensure(&image, progress).await?;
+        Ok(ReadyImage { image, base: base.id.clone(), lease })
+    }
+
+    /// Forgets a name; what nothing else needs is deleted.
+    pub async fn remove(&self, reference: &str, force: bool) -> Answer<()> {
+        let row = self.row(reference).await?;
+        let rows = self.db.call(Db::images).await?;
+        let last = rows.iter().filter(|other| other.digest == row.digest).count() == 1;
+        if last {
+            self.refuse_if_used(&row, force)?;
+        }
+        self.db.call(move |db| db.remove_image(&row.reference)).await?;
+        self.sweep_if_idle().await;
+        Ok(())
+    }
+
+    fn refuse_if_used(&self, row: &ImageRow, force: bool) -> Answer<()> {
+        let users: Vec<_> = self.engine.list().iter().map(|handle| handle.view.borrow().clone()).collect();
+        let users: Vec<_> = users.iter().filter(|vm| vm.image_digest == row.digest).collect();
+        let running: Vec<_> = users.iter().filter(|vm| vm.life.state.has_vmm()).collect();
+        let named = |vms: &[&Arc<offshoot_engine::definition::VmRecord>]| {
+            vms.iter().map(|vm| format!("`{}`", vm.name)).collect::<Vec<_>>().join(", ")
+        };
+        let refuse = |vms: &[&Arc<_>], what: &str, hint: &str| {
+            let message = format!("image `{}` is used by {what} {}", short(&row.reference), named(vms));
+            Err(Failure::new(ErrorKind::Conflict, message).hint(hint))
+        };
+        if !running.is_empty() {
+            let running: Vec<_> = running.into_iter().copied().collect();
+            return refuse(&running, "running VM", "remove the VM first with `offshoot rm -f VM`");
+        }
+        if !users.is_empty() && !force {
+            return refuse(&users, "VM", "remove the VM first with `offshoot rm VM`, or use `offshoot image rm -f`");
+        }
+        Ok(())
+    }
+
+    /// Names an image that is in the store and prepares it.
+    async fn keep(
+        &self,
+        reference: &ImageReference,
+        digest: Digest,
+        prepare: bool,
+        progress: &Progress,
+        lease: tokio::sync::OwnedRwLockReadGuard<()>,
+    ) -> Answer<ImageSummary> {
+        let image = StoredImage::load(&self.blobs, &digest)?;
+        if prepare {
+            self.bases.ensure(&image, progress).await?;
+        }
+        let row = ImageRow { reference: reference.to_string(), digest, created_ms: now_ms() };
+        let written = row.clone();
+        self.db.call(move |db| db.put_image(&written.reference, &written.digest, written.created_ms)).await?;
+        drop(lease);
+        self.sweep_if_idle().await;
+        self.summary(&row)
+    }
+
+    fn summary(&self, row: &ImageRow) -> Answer<ImageSummary> {
+        let image = StoredImage::load(&self.blobs, &row.digest)?;
+        Ok(ImageSummary {
+            reference: short(&row.reference),
+            digest: row.digest,
+            created_ms: row.created_ms,
+            size: image.size(),
+            prepared: self.bases.get(&base_id(&image.digest)).is_ok(),
+        })
+    }
+
+    /// The row of a reference, or of the only image whose digest begins so.
+    async fn row(&self, text: &str) -> Answer<ImageRow> {
+        let rows = self.db.call(Db::images).await?;
+        if let Ok(reference) = text.parse::<ImageReference>() {
+            let name = reference.to_string();
+            if let Some(row) = rows.iter().find(|row| row.reference == name) {
+                return Ok(row.clone());
+            }
+        }
+        let digits = text.strip_prefix("sha256:").unwrap_or(text);
+        if digits.len() >= 6 && digits.bytes().all(|b| b.is_ascii_hexdigit()) {
+            let mut found: Vec<_> = rows.iter().filter(|row| row.digest.hex().starts_with(digits)).collect();
+            found.dedup_by_key(|row| row.digest);
+            match found.as_slice() {
+                [row] => return Ok((*row).clone()),
+                [] => {}
+                _ => {
+                    let message = format!("`{digits}` is the beginning of more than one image's digest");
+                    return Err(Failure::new(ErrorKind::InvalidRequest, message).hint("give more digits"));
+                }
+            }
+        }
+        // A text that is no reference at all gets that error.
+        text.parse::<ImageReference>()?;
+        let shown: String = text.chars().take(200).collect();
+        let hint = if shown.starts_with("debian:") {
+            format!("make it with `offshoot image bootstrap {shown}`, or fetch it with `offshoot image pull {shown}`")
+        } else {
+            format!("fetch it with `offshoot image pull {shown}`, or see `offshoot image ls`")
+        };
+        Err(Failure::new(ErrorKind::NotFound, format!("no such image: `{shown}`")).hint(hint))
+    }
+
+    /// Deletes blobs and bases that nothing needs, unless somebody is making some just now: then that one's end sweeps.
+    pub async fn sweep_if_idle(&self) {
+        let Ok(alone) = self.in_use.clone().try_write_owned() else { return };
+        let this = self.clone();
+        let swept = tokio::task::spawn_blocking(move || {
+            let result = this.sweep();
+            drop(alone);
+            result
+        })
+        .await;
+        if let Ok(Err(Failure(error))) = swept {
+            tracing::warn!(error = error.message, causes = ?error.causes, "cannot delete what no image needs");
+        }
+    }
+
+    fn sweep(&self) -> Answer<()> {
+        let mut needed = std::collections::HashSet::new();
+        let mut needed_bases = std::collections::HashSet::new();
+        for row in self.db.images()? {
+            let image = StoredImage::load(&self.blobs, &row.digest)?;
+            needed.insert(row.digest);
+            needed.extend(image.blobs());
+            needed_bases.insert(base_id(&image.digest));
+        }
+        needed_bases.extend(self.engine.list().iter().map(|handle| handle.view.borrow().base_id.clone()));
+        for base in self.bases.list()? {
+            if !needed_bases.contains(&base.id) {
+                tracing::info!(base = %base.id, "deleting a base that nothing needs");
+                self.bases.remove(&base.id)?;
+            }
+        }
+        for (digest, _) in self.blobs.list()? {
+            if !needed.contains(&digest) {
+                self.blobs.remove(&digest)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A normalised reference as users write it.
+fn short(reference: &str) -> String {
+    reference.parse::<ImageReference>().map_or_else(|_| reference.to_owned(), |parsed| parsed.short())
+}

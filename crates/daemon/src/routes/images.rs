@@ -1,0 +1,75 @@
+//! Images: list, pull, import, bootstrap, prepare, remove.
+
+use axum::Json;
+use axum::extract::{Request, State};
+use axum::http::StatusCode;
+use axum::response::Response;
+use futures::StreamExt as _;
+use offshoot_api::image::{
+    BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PullRequest,
+};
+use tokio_util::io::{StreamReader, SyncIoBridge};
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::app::Shared;
+use crate::error::Answer;
+use crate::extract::{JsonBody, Query};
+use crate::long_work;
+
+pub(super) fn routes() -> OpenApiRouter<Shared> {
+    OpenApiRouter::new()
+        .routes(routes!(list, remove))
+        .routes(routes!(inspect))
+        .routes(routes!(pull))
+        .routes(routes!(import))
+        .routes(routes!(bootstrap))
+        .routes(routes!(prepare))
+}
+
+#[utoipa::path(get, path = "/v1/images", responses((status = 200, body = [ImageSummary])))]
+async fn list(State(app): State<Shared>) -> Answer<Json<Vec<ImageSummary>>> {
+    Ok(Json(app.images.list().await?))
+}
+
+#[utoipa::path(delete, path = "/v1/images", params(ImageRemoveQuery),
+    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn remove(State(app): State<Shared>, Query(query): Query<ImageRemoveQuery>) -> Answer<StatusCode> {
+    app.images.remove(&query.reference, query.force).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+#[utoipa::path(get, path = "/v1/images/inspect", params(ImageQuery),
+    responses((status = 200, body = ImageDetails), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn inspect(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Answer<Json<ImageDetails>> {
+    Ok(Json(app.images.inspect(&query.reference).await?))
+}
+
+#[utoipa::path(post, path = "/v1/images/pull", request_body = PullRequest,
+    responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
+async fn pull(State(app): State<Shared>, JsonBody(request): JsonBody<PullRequest>) -> Response {
+    long_work::answer(|progress| async move { app.images.pull(request, &progress).await })
+}
+
+#[utoipa::path(post, path = "/v1/images/import", params(ImportQuery),
+    request_body(content_type = "application/octet-stream", content = Vec<u8>),
+    responses((status = 200, content_type = "application/x-ndjson", body = [ImageSummary])))]
+async fn import(State(app): State<Shared>, Query(query): Query<ImportQuery>, request: Request) -> Response {
+    let body = request.into_body().into_data_stream().map(|chunk| chunk.map_err(std::io::Error::other));
+    let source = SyncIoBridge::new(Box::pin(StreamReader::new(body)));
+    long_work::answer(|progress| async move {
+        app.images.import(source, query.name.as_deref(), query.prepare, &progress).await
+    })
+}
+
+#[utoipa::path(post, path = "/v1/images/bootstrap", request_body = BootstrapRequest,
+    responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
+async fn bootstrap(State(app): State<Shared>, JsonBody(request): JsonBody<BootstrapRequest>) -> Response {
+    long_work::answer(|progress| async move { app.images.bootstrap(request, &progress).await })
+}
+
+#[utoipa::path(post, path = "/v1/images/prepare", params(ImageQuery),
+    responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
+async fn prepare(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Response {
+    long_work::answer(|progress| async move { app.images.prepare(&query.reference, &progress).await })
+}

@@ -1,0 +1,320 @@
+//! VMs: create, list, start, stop, remove.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::http::StatusCode;
+use offshoot_api::vm::{
+    Decision, KillQuery, ListQuery, RemoveQuery, RenameQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
+};
+use offshoot_engine::definition::{Choice, VmRecord};
+use offshoot_engine::engine::CreateRequest;
+use offshoot_engine::owner::{Request, VmHandle};
+use offshoot_model::{Boot, ErrorKind, Progress, RootRequest, VmConfig, VmName, VmState, VmmRequest};
+use offshoot_vmm::plan::Accel;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::app::{App, Shared};
+use crate::error::{Answer, Failure};
+use crate::extract::{JsonBody, Query};
+
+/// Seconds that a guest gets when the client names none, as Docker has it.
+const STOP_TIME_S: u32 = 10;
+
+pub(super) fn routes() -> OpenApiRouter<Shared> {
+    OpenApiRouter::new()
+        .routes(routes!(create, list))
+        .routes(routes!(inspect, remove))
+        .routes(routes!(start))
+        .routes(routes!(stop))
+        .routes(routes!(restart))
+        .routes(routes!(kill))
+        .routes(routes!(pause))
+        .routes(routes!(resume))
+        .routes(routes!(rename))
+        .routes(routes!(wait))
+}
+
+/// What `ps` shows of a record.
+pub(super) fn summary(vm: &VmRecord) -> VmSummary {
+    VmSummary {
+        id: vm.id.clone(),
+        name: vm.name.clone(),
+        image: vm.definition.config.image.clone(),
+        command: vm.definition.process.as_ref().map(|process| quote(&process.argv)).unwrap_or_default(),
+        state: vm.life.state,
+        created_ms: vm.created_ms,
+        started_ms: vm.life.started_ms,
+        finished_ms: vm.life.finished_ms,
+        exit: vm.life.exit,
+    }
+}
+
+/// Words as a shell would read them back.
+fn quote(argv: &[String]) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
+    let words = argv.iter().map(|word| {
+        if !word.is_empty() && word.chars().all(plain) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+    });
+    words.collect::<Vec<_>>().join(" ")
+}
+
+/// Which VMM, out of the request and what this build has.
+fn choose_vmm(app: &App, request: VmmRequest) -> Answer<Choice> {
+    let refuse = |name: &str| {
+        Err(Failure::new(ErrorKind::NotPossible, format!("this offshootd has no driver for {name}"))
+            .hint("leave `--vmm` out, or use `--vmm qemu`"))
+    };
+    match request {
+        VmmRequest::CloudHypervisor => return refuse("Cloud Hypervisor"),
+        VmmRequest::Firecracker => return refuse("Firecracker"),
+        VmmRequest::Auto | VmmRequest::Qemu => {}
+    }
+    let how = match app.accelerator.accel {
+        Accel::Kvm => "on KVM",
+        Accel::Tcg => "emulated in software",
+    };
+    let first = match request {
+        VmmRequest::Auto => "the only VMM this version drives".to_owned(),
+        _ => "asked for".to_owned(),
+    };
+    Ok(Choice {
+        chosen: "qemu".into(),
+        reasons: vec![first, format!("{how}: {}", app.accelerator.probe.explanation)],
+    })
+}
+
+/// How the root is shown, out of the request and what this build can do.
+fn choose_root(request: RootRequest) -> Answer<Choice> {
+    let reason = match request {
+        RootRequest::Auto => "a shared root that works on every VMM",
+        RootRequest::Block => "asked for",
+        RootRequest::Pmem | RootRequest::Virtiofs | RootRequest::Copy => {
+            return Err(Failure::new(ErrorKind::NotPossible, "this version shows a root only as `block`")
+                .hint("leave `--root` out, or use `--root block`"));
+        }
+    };
+    Ok(Choice { chosen: "block".into(), reasons: vec![reason.into()] })
+}
+
+#[utoipa::path(post, path = "/v1/vms", request_body = VmConfig,
+    responses((status = 201, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn create(State(app): State<Shared>, JsonBody(config): JsonBody<VmConfig>) -> Answer<(StatusCode, Json<VmSummary>)> {
+    config.validate().map_err(offshoot_engine::error::VmError::Config)?;
+    if let Some(name) = &config.name
+        && app.engine.find(name.as_str()).is_ok_and(|vm| vm.view.borrow().name.as_str().eq_ignore_ascii_case(name.as_str()))
+    {
+        return Err(offshoot_store::db::DbError::NameTaken { name: name.to_string() }.into());
+    }
+    if config.boot == Boot::Template {
+        return Err(Failure::new(ErrorKind::NotPossible, "this version has no templates: every VM boots its kernel")
+            .hint("leave `--boot` out, or use `--boot cold`"));
+    }
+    if !config.mounts.is_empty() {
+        return Err(Failure::new(ErrorKind::NotPossible, "this version cannot share folders with a VM")
+            .hint("copy them in with `offshoot cp`"));
+    }
+    let vmm = choose_vmm(&app, config.vmm)?;
+    let root = choose_root(config.root)?;
+    let ready = app.images.ready(&config.image, &Progress::silent()).await?;
+    let kernel = app.kernels.default()?;
+    let request = CreateRequest {
+        image_config: ready.image.config.clone(),
+        image_digest: ready.image.digest,
+        base_id: ready.base.clone(),
+        kernel_id: kernel.id,
+        vmm,
+        root,
+        config,
+    };
+    let handle = app.engine.create(request).await?;
+    drop(ready.lease);
+    let vm = handle.view.borrow().clone();
+    Ok((StatusCode::CREATED, Json(summary(&vm))))
+}
+
+#[utoipa::path(get, path = "/v1/vms", params(ListQuery), responses((status = 200, body = [VmSummary])))]
+async fn list(State(app): State<Shared>, Query(query): Query<ListQuery>) -> Json<Vec<VmSummary>> {
+    let vms = app.engine.list();
+    let shown = vms.iter().map(|handle| summary(&handle.view.borrow()));
+    Json(shown.filter(|vm| query.all || vm.state.has_vmm()).collect())
+}
+
+#[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
+    responses((status = 200, body = VmDetails), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn inspect(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmDetails>> {
+    let handle = app.engine.find(&name)?;
+    let vm = handle.view.borrow().clone();
+    let id = vm.id.clone();
+    let timings = app.engine.db().call(move |db| db.stages(&id)).await?;
+    let decision = |choice: &Choice| Decision { chosen: choice.chosen.clone(), reasons: choice.reasons.clone() };
+    let disk_bytes = if handle.paths.data().exists() {
+        offshoot_sys::space::disk_usage(handle.paths.data()).unwrap_or(0)
+    } else {
+        0
+    };
+    Ok(Json(VmDetails {
+        summary: summary(&vm),
+        config: vm.definition.config.clone(),
+        image_digest: vm.image_digest.to_string(),
+        base: vm.base_id.to_string(),
+        kernel: vm.kernel_id.to_string(),
+        process: vm.definition.process.clone(),
+        vmm: decision(&vm.definition.vmm),
+        root: decision(&vm.definition.root),
+        pid: vm.life.machine.as_ref().map(|machine| machine.process.pid as i32),
+        failure: vm.life.failure.clone(),
+        directory: handle.paths.data().display().to_string(),
+        disk_bytes,
+        timings,
+    }))
+}
+
+#[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path), RemoveQuery),
+    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn remove(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    Query(query): Query<RemoveQuery>,
+) -> Answer<StatusCode> {
+    app.engine.find(&name)?.ask(Request::Remove(query.force)).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn ask(app: &App, name: &str, request: Request) -> Answer<Json<VmSummary>> {
+    let vm = app.engine.find(name)?.ask(request).await?;
+    Ok(Json(summary(&vm)))
+}
+
+fn stop_time(query: &StopQuery) -> Duration {
+    Duration::from_secs(query.time_s.unwrap_or(STOP_TIME_S).into())
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/start", params(("vm" = String, Path)),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn start(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
+    ask(&app, &name, Request::Start).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/stop", params(("vm" = String, Path), StopQuery),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn stop(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    Query(query): Query<StopQuery>,
+) -> Answer<Json<VmSummary>> {
+    ask(&app, &name, Request::Stop(stop_time(&query))).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/restart", params(("vm" = String, Path), StopQuery),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn restart(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    Query(query): Query<StopQuery>,
+) -> Answer<Json<VmSummary>> {
+    let handle = app.engine.find(&name)?;
+    handle.ask(Request::Stop(stop_time(&query))).await?;
+    let vm = handle.ask(Request::Start).await?;
+    Ok(Json(summary(&vm)))
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/kill", params(("vm" = String, Path), KillQuery),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn kill(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    Query(query): Query<KillQuery>,
+) -> Answer<Json<VmSummary>> {
+    let request = match query.signal.as_deref() {
+        None => Request::Kill,
+        Some(text) => match offshoot_sys::signal::parse(text) {
+            Some(offshoot_sys::signal::KILL) => Request::Kill,
+            Some(signal) => Request::Signal(signal),
+            None => {
+                let shown: String = text.chars().take(40).flat_map(char::escape_debug).collect();
+                return Err(Failure::new(ErrorKind::InvalidRequest, format!("no such signal: `{shown}`"))
+                    .hint("see `kill -l` for names and numbers"));
+            }
+        },
+    };
+    ask(&app, &name, request).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/pause", params(("vm" = String, Path)),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn pause(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
+    ask(&app, &name, Request::Pause).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/resume", params(("vm" = String, Path)),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn resume(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
+    ask(&app, &name, Request::Resume).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/rename", params(("vm" = String, Path), RenameQuery),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn rename(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    Query(query): Query<RenameQuery>,
+) -> Answer<Json<VmSummary>> {
+    let new: VmName = query.name.parse().map_err(|error: offshoot_model::NameError| {
+        Failure::new(ErrorKind::InvalidRequest, error.to_string()).hint("choose a name such as `web-1`")
+    })?;
+    ask(&app, &name, Request::Rename(new)).await
+}
+
+#[utoipa::path(get, path = "/v1/vms/{vm}/wait", params(("vm" = String, Path)),
+    responses((status = 200, body = WaitAnswer), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn wait(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<WaitAnswer>> {
+    let handle = app.engine.find(&name)?;
+    Ok(Json(WaitAnswer { exit: ended(&handle).await.life.exit }))
+}
+
+/// The record once the VM does not run any more.
+pub(super) async fn ended(handle: &VmHandle) -> std::sync::Arc<VmRecord> {
+    let mut view = handle.view.clone();
+    let ended = view.wait_for(|vm| !vm.life.state.has_vmm()).await.map(|vm| vm.clone());
+    // The owner is gone: the VM was removed, and its last state stands.
+    ended.unwrap_or_else(|_| handle.view.borrow().clone())
+}
+
+/// The VM, when it runs and can be entered.
+pub(super) fn live(handle: &VmHandle) -> Answer<offshoot_engine::run::Live> {
+    use offshoot_engine::request::{RequestKind, Verdict, decide};
+    let vm = handle.view.borrow().clone();
+    if let Verdict::Refuse(hint) = decide(vm.life.state, RequestKind::Session) {
+        return Err(offshoot_engine::error::VmError::WrongState {
+            name: vm.name.clone(),
+            state: vm.life.state.as_str(),
+            request: RequestKind::Session,
+            hint: hint.replace("{}", vm.name.as_str()),
+        }
+        .into());
+    }
+    handle.live.borrow().clone().ok_or_else(|| {
+        offshoot_engine::error::VmError::NoAgent { name: vm.name.clone(), operation: "enter" }.into()
+    })
+}
+
+/// Whether a VM in `state` can still write something.
+pub(super) fn may_write(state: VmState) -> bool {
+    state.has_vmm()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn commands_are_shown_as_a_shell_reads_them() {
+        let words = |w: &[&str]| w.iter().map(ToString::to_string).collect::<Vec<_>>();
+        assert_eq!(quote(&words(&["ls", "-l", "/a b"])), "ls -l '/a b'");
+        assert_eq!(quote(&words(&["sh", "-c", "it's"])), r"sh -c 'it'\''s'");
+        assert_eq!(quote(&words(&[""])), "''");
+    }
+}

@@ -1,0 +1,205 @@
+//! The agent: the conversation with the guest, from its first word to its last.
+
+use std::path::PathBuf;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use async_trait::async_trait;
+use offshoot_agent_proto::client::{AgentClient, CallError, ConnectError};
+use offshoot_agent_proto::v1;
+use offshoot_model::{ErrorKind, Explain, Finding};
+use offshoot_vmm::{AgentEndpoint, ExitCause, LaunchPlan, Machine};
+
+use super::overlay::OVERLAY_SERIAL;
+use super::root::ROOT_SERIAL;
+use crate::capability::{Capability, CapabilityError};
+use crate::definition::VmRecord;
+use crate::paths::VmPaths;
+use crate::run::{AgentSlot, Ending, Run};
+
+/// Connects to the agent, makes the guest this VM, and shuts it down.
+pub struct AgentCapability {
+    /// How long a guest may take from the launch of its VMM to its first word.
+    pub boot_timeout: Duration,
+}
+
+/// The guest did not come up, or does not do what it is told.
+#[derive(Debug, thiserror::Error)]
+enum AgentError {
+    #[error("the guest did not come up within {limit:?}{}", last_words(console))]
+    Timeout { limit: Duration, console: String },
+    #[error("the guest ended while it booted ({exit}){}", last_words(console))]
+    Ended { exit: ExitCause, console: String },
+    #[error("cannot connect to the agent")]
+    Connect(#[source] ConnectError),
+    #[error("the guest cannot become this VM")]
+    Configure(#[source] CallError),
+    #[error("the VMM of an earlier daemon offers no way to the agent that this one knows")]
+    Endpoint,
+    #[error("no random bytes for the guest")]
+    Entropy(#[source] std::io::Error),
+}
+
+fn last_words(console: &str) -> String {
+    if console.is_empty() { String::new() } else { format!("; its last words: {console}") }
+}
+
+impl Explain for AgentError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Connect(source) => source.kind(),
+            Self::Configure(source) => source.kind(),
+            _ => ErrorKind::Internal,
+        }
+    }
+
+    fn hints(&self) -> Vec<String> {
+        vec!["see the guest's console with `offshoot logs --console VM`, or give it more --memory".into()]
+    }
+}
+
+/// How often a lost agent is looked for again, at first; doubled up to a second.
+const RETRY: Duration = Duration::from_millis(20);
+/// How much of the console is worth repeating in an error.
+const LAST_WORDS: usize = 400;
+
+impl AgentCapability {
+    /// Waits for the guest's first word, its end, or the time limit.
+    async fn first_contact(&self, run: &Run) -> Result<AgentClient, AgentError> {
+        let machine = run.machine().ok_or(AgentError::Endpoint)?;
+        let path = endpoint(machine.agent_endpoint())?;
+        tokio::select! {
+            connected = AgentClient::connect_unix_link(&path) => connected.map_err(AgentError::Connect),
+            exit = machine.wait_exit() => {
+                Err(AgentError::Ended { exit: exit.cause, console: console_tail(&*machine).await })
+            }
+            () = tokio::time::sleep(self.boot_timeout) => {
+                Err(AgentError::Timeout { limit: self.boot_timeout, console: console_tail(&*machine).await })
+            }
+        }
+    }
+}
+
+fn endpoint(endpoint: &AgentEndpoint) -> Result<PathBuf, AgentError> {
+    match endpoint {
+        AgentEndpoint::UnixLink(path) => Ok(path.clone()),
+        _ => Err(AgentError::Endpoint),
+    }
+}
+
+async fn console_tail(machine: &dyn Machine) -> String {
+    let bytes = machine.console_tail(LAST_WORDS).await.unwrap_or_default();
+    let printable = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
+    String::from_utf8_lossy(&bytes).trim().chars().map(printable).collect()
+}
+
+/// Says that the agent answers, and looks for it again whenever it is said not to, until the run is over.
+fn keep_connected(run: &Run, link: RunLink) {
+    let over = run.over.clone();
+    tokio::spawn(async move {
+        tokio::select! {
+            () = over.cancelled() => {}
+            () = link.keep() => {}
+        }
+    });
+}
+
+/// What the keeper needs of a run without holding the run itself.
+struct RunLink {
+    path: PathBuf,
+    agent: AgentSlot,
+}
+
+impl RunLink {
+    async fn keep(&self) {
+        let mut watched = self.agent.watch();
+        loop {
+            if watched.wait_for(Option::is_none).await.map(drop).is_err() {
+                return;
+            }
+            let mut pause = RETRY;
+            loop {
+                match AgentClient::connect_unix_link(&self.path).await {
+                    Ok(client) => {
+                        self.agent.set(Some(client));
+                        break;
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "the agent does not answer yet");
+                        tokio::time::sleep(pause).await;
+                        pause = (pause * 2).min(Duration::from_secs(1));
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Capability for AgentCapability {
+    fn name(&self) -> &'static str {
+        "agent"
+    }
+
+    async fn check(&self) -> Vec<Finding> {
+        Vec::new()
+    }
+
+    fn plan(&self, _: &VmRecord, _: &VmPaths, _: &mut LaunchPlan) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    async fn prepare(&self, _: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError> {
+        let began = std::time::Instant::now();
+        let agent = self.first_contact(run).await.map_err(boxed)?;
+        run.note_guest_stage("boot", began.elapsed());
+        let mut entropy = vec![0; 64];
+        offshoot_sys::random::fill(&mut entropy).map_err(|source| boxed(AgentError::Entropy(source)))?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = v1::ConfigureRequest {
+            vm_id: run.vm.id.to_string(),
+            hostname: run.vm.name.to_string(),
+            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+            entropy: entropy.into(),
+            root: Some(v1::configure_request::Root::RootBlockSerial(ROOT_SERIAL.to_owned())),
+            overlay_serial: OVERLAY_SERIAL.to_owned(),
+            work_serial: String::new(),
+            mounts: Vec::new(),
+        };
+        let stages = agent.configure(request).await.map_err(|source| boxed(AgentError::Configure(source)))?;
+        for (name, duration) in stages {
+            run.note_guest_stage(&name, duration);
+        }
+        run.agent_slot().set(Some(agent));
+        self.adopt(run).await
+    }
+
+    async fn adopt(&self, run: &Run) -> Result<(), CapabilityError> {
+        let Some(machine) = run.machine() else { return Ok(()) };
+        let path = endpoint(machine.agent_endpoint()).map_err(boxed)?;
+        keep_connected(run, RunLink { path, agent: run.agent_slot() });
+        Ok(())
+    }
+
+    async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
+        let Ending::Graceful(grace) = run.ending() else { return Ok(()) };
+        let Some(agent) = run.agent() else { return Ok(()) };
+        match agent.shutdown(grace).await {
+            Ok(true) => {}
+            Ok(false) => tracing::warn!(vm = %run.vm.name, "the guest could not unmount everything; its journal will mend it"),
+            Err(error) => tracing::warn!(vm = %run.vm.name, %error, "the guest did not shut down; its VMM is ended"),
+        }
+        Ok(())
+    }
+
+    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+}
+
+fn boxed(error: AgentError) -> CapabilityError {
+    Box::new(error)
+}

@@ -1,0 +1,89 @@
+//! The kernel bundle: what the guest boots, and what it is told on its command line.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use offshoot_kernel::KernelStore;
+use offshoot_model::{Finding, Severity};
+use offshoot_vmm::LaunchPlan;
+use offshoot_vmm::plan::ConsoleDevice;
+
+use super::finding;
+use crate::capability::{Capability, CapabilityError};
+use crate::definition::VmRecord;
+use crate::paths::VmPaths;
+use crate::run::Run;
+
+/// What every guest's kernel is told.
+///
+/// `quiet loglevel=4`: every byte on the console is an exit of the guest. `panic=-1`: a panic resets at once, and the
+/// VMM, started with no reboot, ends. `tsc=reliable no_timer_check`: no calibration loops against a virtual timer.
+/// `random.trust_cpu=on`: the pool does not wait; the agent adds the host's entropy before anything runs.
+const COMMAND_LINE: [&str; 8] = [
+    "quiet",
+    "loglevel=4",
+    "panic=-1",
+    "tsc=reliable",
+    "no_timer_check",
+    "random.trust_cpu=on",
+    "rcupdate.rcu_expedited=1",
+    "8250.nr_uarts=1",
+];
+
+/// Chooses kernel and initramfs of the VM's bundle.
+pub struct KernelCapability {
+    /// All bundles.
+    pub kernels: Arc<KernelStore>,
+}
+
+#[async_trait]
+impl Capability for KernelCapability {
+    fn name(&self) -> &'static str {
+        "kernel"
+    }
+
+    async fn check(&self) -> Vec<Finding> {
+        let found = match self.kernels.default() {
+            Ok(bundle) => finding(
+                self.name(),
+                Severity::Ok,
+                format!("kernel {} ({})", bundle.manifest.release, bundle.id),
+                "",
+            ),
+            Err(error) => {
+                finding(self.name(), Severity::Failure, error.to_string(), "add one with `offshoot kernel add --distro`")
+            }
+        };
+        vec![found]
+    }
+
+    fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut LaunchPlan) -> Result<(), CapabilityError> {
+        let bundle = self.kernels.get(&vm.kernel_id).map_err(|error| Box::new(error) as CapabilityError)?;
+        plan.kernel = bundle.vmlinux();
+        plan.initramfs = Some(bundle.initramfs());
+        plan.console_device = ConsoleDevice::Serial;
+        plan.cmdline.push(format!("console={}", plan.console_device.kernel_name()));
+        plan.cmdline.extend(COMMAND_LINE.map(str::to_owned));
+        Ok(())
+    }
+
+    async fn prepare(&self, _: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    async fn after_boot(&self, _: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    async fn adopt(&self, _: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    async fn stop(&self, _: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+}

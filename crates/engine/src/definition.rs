@@ -1,0 +1,155 @@
+//! What is kept of a VM: the request and every decision made for it, and where its life stands.
+
+use offshoot_model::{BaseId, Digest, ExitStatus, KernelId, ProcessConfig, VmConfig, VmId, VmName, VmState};
+use offshoot_store::db::{DbError, VmRow, VmRunUpdate};
+use offshoot_vmm::MachineState;
+use serde::{Deserialize, Serialize};
+
+/// A choice between back ends, with its reasons, best first.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choice {
+    /// The chosen back end's name, by which it is reopened.
+    pub chosen: String,
+    /// Why it, and why not the others.
+    pub reasons: Vec<String>,
+}
+
+/// What was asked for and decided, fixed at creation.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VmDefinition {
+    /// The request.
+    pub config: VmConfig,
+    /// The main process; absent when the image's init runs.
+    pub process: Option<ProcessConfig>,
+    /// The signal that asks the main process to end, a Linux number.
+    pub stop_signal: u32,
+    /// Which VMM.
+    pub vmm: Choice,
+    /// Which root back end.
+    pub root: Choice,
+}
+
+/// One VM as the engine knows it; the database holds the same.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmRecord {
+    /// Its id.
+    pub id: VmId,
+    /// Its name.
+    pub name: VmName,
+    /// The user its VMM runs as.
+    pub uid: u32,
+    /// Its image's manifest.
+    pub image_digest: Digest,
+    /// Its base.
+    pub base_id: BaseId,
+    /// Its kernel bundle.
+    pub kernel_id: KernelId,
+    /// What was asked for and decided.
+    pub definition: VmDefinition,
+    /// When it was created, milliseconds since the epoch.
+    pub created_ms: u64,
+    /// Where its life stands.
+    pub life: Life,
+}
+
+/// The part of a record that changes with every run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Life {
+    /// Where it is.
+    pub state: VmState,
+    /// How to find its VMM, while one may run.
+    pub machine: Option<MachineState>,
+    /// When the current or last run began.
+    pub started_ms: Option<u64>,
+    /// When the last run ended.
+    pub finished_ms: Option<u64>,
+    /// How the last run ended.
+    pub exit: Option<ExitStatus>,
+    /// Why the last start failed, outermost first.
+    pub failure: Vec<String>,
+}
+
+impl Life {
+    /// A life that has not begun.
+    pub fn new() -> Self {
+        Self {
+            state: VmState::Created,
+            machine: None,
+            started_ms: None,
+            finished_ms: None,
+            exit: None,
+            failure: Vec::new(),
+        }
+    }
+
+    /// The columns of the database that hold it.
+    pub fn to_update(&self) -> VmRunUpdate {
+        VmRunUpdate {
+            state: self.state,
+            machine: self.machine.as_ref().map(json),
+            started_ms: self.started_ms,
+            finished_ms: self.finished_ms,
+            exit: self.exit,
+            failure: self.failure.clone(),
+        }
+    }
+}
+
+impl Default for Life {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl VmRecord {
+    /// The row that holds it.
+    pub fn to_row(&self) -> VmRow {
+        let VmRunUpdate { state, machine, started_ms, finished_ms, exit, failure } = self.life.to_update();
+        VmRow {
+            id: self.id.clone(),
+            name: self.name.clone(),
+            state,
+            uid: self.uid,
+            image_digest: self.image_digest,
+            base_id: self.base_id.clone(),
+            kernel_id: self.kernel_id.clone(),
+            definition: json(&self.definition),
+            machine,
+            created_ms: self.created_ms,
+            started_ms,
+            finished_ms,
+            exit,
+            failure,
+        }
+    }
+
+    /// Reads a row back.
+    pub fn from_row(row: VmRow) -> Result<Self, DbError> {
+        fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, DbError> {
+            serde_json::from_str(text).map_err(|source| DbError::Row { what: "VM", source: Box::new(source) })
+        }
+        Ok(Self {
+            id: row.id,
+            name: row.name,
+            uid: row.uid,
+            image_digest: row.image_digest,
+            base_id: row.base_id,
+            kernel_id: row.kernel_id,
+            definition: parse(&row.definition)?,
+            created_ms: row.created_ms,
+            life: Life {
+                state: row.state,
+                machine: row.machine.as_deref().map(parse).transpose()?,
+                started_ms: row.started_ms,
+                finished_ms: row.finished_ms,
+                exit: row.exit,
+                failure: row.failure,
+            },
+        })
+    }
+}
+
+/// JSON of one of our own types.
+fn json<T: Serialize>(value: &T) -> String {
+    serde_json::to_string(value).expect("our own types have string keys and no failing serializers")
+}

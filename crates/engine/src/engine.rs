@@ -1,0 +1,285 @@
+//! All VMs of one daemon.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use offshoot_model::{BaseId, ConfigError, Digest, Finding, ImageConfig, KernelId, VmConfig, VmId, VmName};
+use offshoot_store::db::{Db, DbError};
+
+use crate::capability::Capability;
+use crate::definition::{Choice, Life, VmDefinition, VmRecord};
+use crate::error::VmError;
+use crate::output::OutputLog;
+use crate::owner::{Owner, VmHandle, now_ms, remove_tree};
+use crate::paths::VmPaths;
+
+/// The numbers and folders an engine works with.
+#[derive(Clone, Debug)]
+pub struct EngineConfig {
+    /// Where everything is kept.
+    pub data_dir: PathBuf,
+    /// Where sockets lie.
+    pub run_dir: PathBuf,
+    /// The first user id for VMMs; each VM gets one of its own.
+    pub uid_base: u32,
+    /// How many there are.
+    pub uid_count: u32,
+    /// The group that may pass through our folders and read bases and kernels.
+    pub gid: u32,
+}
+
+/// What an engine is put together from. The daemon makes it: it alone names back ends.
+pub struct Parts {
+    /// The database.
+    pub db: Db,
+    /// Numbers and folders.
+    pub config: EngineConfig,
+    /// What every VM is put together from, in the order they start.
+    pub capabilities: Vec<Arc<dyn Capability>>,
+}
+
+impl Parts {
+    /// Where the files of `id` lie.
+    pub fn paths(&self, id: &VmId) -> VmPaths {
+        VmPaths::new(&self.config.data_dir, &self.config.run_dir, id)
+    }
+}
+
+/// A VM to create, with everything decided that needs images, kernels and hosts to decide.
+#[derive(Clone, Debug)]
+pub struct CreateRequest {
+    /// The client's request.
+    pub config: VmConfig,
+    /// What its image says to run.
+    pub image_config: ImageConfig,
+    /// Its image's manifest.
+    pub image_digest: Digest,
+    /// Its base, which exists.
+    pub base_id: BaseId,
+    /// Its kernel bundle, which exists.
+    pub kernel_id: KernelId,
+    /// Which VMM.
+    pub vmm: Choice,
+    /// Which root back end.
+    pub root: Choice,
+}
+
+/// The handles of all VMs.
+#[derive(Default)]
+pub(crate) struct Registry {
+    handles: RwLock<HashMap<VmId, VmHandle>>,
+}
+
+impl Registry {
+    pub(crate) fn forget(&self, id: &VmId) {
+        self.handles.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+    }
+
+    fn add(&self, id: VmId, handle: VmHandle) {
+        self.handles.write().unwrap_or_else(PoisonError::into_inner).insert(id, handle);
+    }
+}
+
+/// All VMs of one daemon. Cheap to clone.
+#[derive(Clone)]
+pub struct Engine {
+    parts: Arc<Parts>,
+    registry: Arc<Registry>,
+    /// Choosing a free user id and writing the row that takes it must not be interleaved.
+    creating: Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Engine {
+    /// Reads all VMs from the database, sweeps what belongs to none, and looks for those that run.
+    /// Returns before they are all found: each is looked for by its own task.
+    pub async fn start(parts: Parts) -> Result<Self, EngineStartError> {
+        let parts = Arc::new(parts);
+        make_folders(&parts.config)?;
+        let records = parts.db.call(|db| db.vms()?.into_iter().map(VmRecord::from_row).collect::<Result<Vec<_>, _>>()).await?;
+        sweep(&parts.config, &records)?;
+        let registry = Arc::new(Registry::default());
+        for record in records {
+            let id = record.id.clone();
+            let path = parts.paths(&id).output();
+            let output = OutputLog::open(&path).map_err(|source| EngineStartError::Io { path, source })?;
+            let handle = Owner::spawn(Arc::clone(&parts), Arc::clone(&registry), record, output, true);
+            registry.add(id, handle);
+        }
+        Ok(Self { parts, registry, creating: Arc::default() })
+    }
+
+    /// Creates a VM: checks the request, chooses name and user id, writes the row. Nothing runs yet, no file exists.
+    pub async fn create(&self, request: CreateRequest) -> Result<VmHandle, VmError> {
+        request.config.validate().map_err(VmError::Config)?;
+        let process = if request.config.init {
+            None
+        } else {
+            Some(request.config.main_process(&request.image_config).map_err(VmError::Config)?)
+        };
+        let stop_signal = stop_signal(&request.image_config.stop_signal)?;
+        let id = VmId::from_bytes(&random::<8>()?);
+        let creating = self.creating.lock().await;
+        let name = match &request.config.name {
+            Some(name) => name.clone(),
+            None => self.free_name()?,
+        };
+        let (base, count) = (self.parts.config.uid_base, self.parts.config.uid_count);
+        let uid = self.parts.db.call(move |db| db.free_uid(base, count)).await?.ok_or(VmError::NoUid { count })?;
+        let record = VmRecord {
+            id: id.clone(),
+            name,
+            uid,
+            image_digest: request.image_digest,
+            base_id: request.base_id,
+            kernel_id: request.kernel_id,
+            definition: VmDefinition {
+                config: request.config,
+                process,
+                stop_signal,
+                vmm: request.vmm,
+                root: request.root,
+            },
+            created_ms: now_ms(),
+            life: Life::new(),
+        };
+        let row = record.to_row();
+        self.parts.db.call(move |db| db.insert_vm(&row)).await?;
+        drop(creating);
+        let path = self.parts.paths(&id).output();
+        let output = OutputLog::open(&path).map_err(|source| VmError::Db(unreadable(source)))?;
+        let handle =
+            Owner::spawn(Arc::clone(&self.parts), Arc::clone(&self.registry), record, output, false);
+        self.registry.add(id, handle.clone());
+        Ok(handle)
+    }
+
+    /// The VM with this name, id, or the only one whose id begins so.
+    pub fn find(&self, name: &str) -> Result<VmHandle, VmError> {
+        let handles = self.registry.handles.read().unwrap_or_else(PoisonError::into_inner);
+        let mut prefixed = Vec::new();
+        for (id, handle) in handles.iter() {
+            if handle.view.borrow().name.as_str().eq_ignore_ascii_case(name) || id.as_str() == name {
+                return Ok(handle.clone());
+            }
+            // Shorter ones would be a name that was mistyped, not an id.
+            if name.len() >= 3 && id.as_str().starts_with(name) {
+                prefixed.push(handle);
+            }
+        }
+        match prefixed.as_slice() {
+            [handle] => Ok((*handle).clone()),
+            [] => Err(VmError::NotFound { name: name.chars().take(64).collect() }),
+            _ => Err(VmError::Ambiguous { prefix: name.to_owned() }),
+        }
+    }
+
+    /// Every VM, newest first.
+    pub fn list(&self) -> Vec<VmHandle> {
+        let handles = self.registry.handles.read().unwrap_or_else(PoisonError::into_inner);
+        let mut list: Vec<_> = handles.values().cloned().collect();
+        drop(handles);
+        list.sort_by_key(|handle| std::cmp::Reverse(handle.view.borrow().created_ms));
+        list
+    }
+
+    /// Every finding of every capability.
+    pub async fn check(&self) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for capability in &self.parts.capabilities {
+            findings.extend(capability.check().await);
+        }
+        findings
+    }
+
+    /// The database.
+    pub fn db(&self) -> &Db {
+        &self.parts.db
+    }
+
+    fn free_name(&self) -> Result<VmName, VmError> {
+        loop {
+            let name = crate::names::random_name(&random::<4>()?);
+            if self.find(name.as_str()).is_err() {
+                return Ok(name);
+            }
+        }
+    }
+}
+
+/// Why the engine could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum EngineStartError {
+    /// A folder or file of ours.
+    #[error("cannot use {}", path.display())]
+    Io {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The database.
+    #[error(transparent)]
+    Db(#[from] DbError),
+}
+
+fn random<const N: usize>() -> Result<[u8; N], VmError> {
+    offshoot_sys::random::bytes().map_err(VmError::Random)
+}
+
+fn unreadable(source: io::Error) -> DbError {
+    DbError::Row { what: "output log", source: Box::new(source) }
+}
+
+/// The folders that VMMs pass through: theirs is the group, and they cannot list them.
+fn make_folders(config: &EngineConfig) -> Result<(), EngineStartError> {
+    for (path, mode) in [(config.data_dir.join("vms"), 0o710), (config.run_dir.join("vms"), 0o710)] {
+        let made = std::fs::DirBuilder::new()
+            .recursive(true)
+            .mode(mode)
+            .create(&path)
+            .and_then(|()| std::os::unix::fs::chown(&path, None, Some(config.gid)))
+            .and_then(|()| std::fs::set_permissions(&path, PermissionsExt::from_mode(mode)));
+        made.map_err(|source| EngineStartError::Io { path, source })?;
+    }
+    Ok(())
+}
+
+/// Deletes the folders of VMs that no row speaks of: what a crash left between a deleted row and its files.
+fn sweep(config: &EngineConfig, records: &[VmRecord]) -> Result<(), EngineStartError> {
+    for parent in [config.data_dir.join("vms"), config.run_dir.join("vms")] {
+        for name in names_in(&parent).map_err(|source| EngineStartError::Io { path: parent.clone(), source })? {
+            if records.iter().any(|record| record.id.as_str() == name) {
+                continue;
+            }
+            let path = parent.join(&name);
+            tracing::info!(path = %path.display(), "sweeping the files of a VM that is gone");
+            remove_tree(&path).map_err(|source| EngineStartError::Io { path, source })?;
+        }
+    }
+    Ok(())
+}
+
+fn names_in(path: &Path) -> io::Result<Vec<String>> {
+    std::fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+}
+
+/// The Linux number of an image's `StopSignal` (`SIGQUIT`, `QUIT` or `3`); SIGTERM where it names none.
+fn stop_signal(text: &str) -> Result<u32, VmError> {
+    if text.is_empty() {
+        return Ok(offshoot_sys::signal::TERM);
+    }
+    offshoot_sys::signal::parse(text).ok_or_else(|| VmError::NotPossible {
+        what: format!("its image's stop signal `{}` is unknown", text.chars().take(40).collect::<String>()),
+        hint: "mend the image's StopSignal".into(),
+    })
+}
+
+impl From<ConfigError> for VmError {
+    fn from(error: ConfigError) -> Self {
+        Self::Config(error)
+    }
+}

@@ -1,0 +1,49 @@
+//! Where the files of one VM lie.
+
+use std::path::{Path, PathBuf};
+
+use offshoot_model::VmId;
+
+/// The folders of one VM: `<data>/vms/<id>` for what it keeps, `<run>/vms/<id>` for sockets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VmPaths {
+    data: PathBuf,
+    run: PathBuf,
+}
+
+impl VmPaths {
+    /// The folders of `id`.
+    pub fn new(data_dir: &Path, run_dir: &Path, id: &VmId) -> Self {
+        Self { data: data_dir.join("vms").join(id.as_str()), run: run_dir.join("vms").join(id.as_str()) }
+    }
+
+    /// What it keeps; gone after `rm`.
+    pub fn data(&self) -> &Path {
+        &self.data
+    }
+
+    /// Its sockets; gone after it stopped.
+    pub fn run(&self) -> &Path {
+        &self.run
+    }
+
+    /// The overlay disk.
+    pub fn overlay(&self) -> PathBuf {
+        self.data.join("overlay.ext4")
+    }
+
+    /// What its main process wrote.
+    pub fn output(&self) -> PathBuf {
+        self.data.join("output.log")
+    }
+
+    /// What its kernel and agent wrote.
+    pub fn console(&self) -> PathBuf {
+        self.data.join("console.log")
+    }
+
+    /// What its VMM wrote.
+    pub fn vmm_log(&self) -> PathBuf {
+        self.data.join("vmm.log")
+    }
+}

@@ -1,0 +1,211 @@
+//! One run of a VM: what its capabilities share from start to stop.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use offshoot_agent_proto::client::AgentClient;
+use offshoot_model::{ByteSize, VmId};
+use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice};
+use offshoot_vmm::{ExitCause, LaunchPlan, Machine};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::definition::VmRecord;
+use crate::output::OutputLog;
+use crate::paths::VmPaths;
+
+/// How a run is brought to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ending {
+    /// Ask: processes get this long, file systems are unmounted.
+    Graceful(Duration),
+    /// The disks are deleted right after: do not wait for anything.
+    Discard,
+    /// Like pulling the plug.
+    Kill,
+}
+
+/// What clients talk to while a VM runs.
+#[derive(Clone)]
+pub struct Live {
+    /// The VMM.
+    pub machine: Arc<dyn Machine>,
+    /// The guest's agent.
+    pub agent: AgentClient,
+}
+
+/// Where the agent's client is put when it answers, and taken away when it is lost.
+#[derive(Clone)]
+pub struct AgentSlot(Arc<watch::Sender<Option<AgentClient>>>);
+
+impl AgentSlot {
+    /// Says that the agent answers, or, with `None`, not any more.
+    pub fn set(&self, agent: Option<AgentClient>) {
+        self.0.send_replace(agent);
+    }
+
+    /// Follows it through losses and reconnections.
+    pub fn watch(&self) -> watch::Receiver<Option<AgentClient>> {
+        self.0.subscribe()
+    }
+}
+
+/// Where the main process's status is put when it ends.
+#[derive(Clone)]
+pub struct MainExit(Arc<watch::Sender<Option<i32>>>);
+
+impl MainExit {
+    /// Says that it ended, with its status as a shell counts it.
+    pub fn set(&self, status: i32) {
+        self.0.send_replace(Some(status));
+    }
+}
+
+/// One run of a VM. Shared by reference with every hook.
+pub struct Run {
+    /// The VM as it was when the run began.
+    pub vm: Arc<VmRecord>,
+    /// Where its files lie.
+    pub paths: VmPaths,
+    /// What its VMM was told. Empty in devices when the run was adopted.
+    pub plan: LaunchPlan,
+    /// Where the main process's output goes.
+    pub output: OutputLog,
+    /// Cancelled when the run ends: its background tasks stop.
+    pub over: CancellationToken,
+    agent: AgentSlot,
+    main_exit: MainExit,
+    notes: Mutex<Notes>,
+}
+
+/// What a run learns on its way.
+struct Notes {
+    machine: Option<Arc<dyn Machine>>,
+    ending: Ending,
+    guest_stages: Vec<(String, Duration)>,
+    vmm_exit: Option<ExitCause>,
+}
+
+impl Run {
+    /// A run that is about to begin.
+    pub fn new(vm: Arc<VmRecord>, paths: VmPaths, plan: LaunchPlan, output: OutputLog) -> Self {
+        Self {
+            vm,
+            paths,
+            plan,
+            output,
+            over: CancellationToken::new(),
+            agent: AgentSlot(Arc::new(watch::Sender::new(None))),
+            main_exit: MainExit(Arc::new(watch::Sender::new(None))),
+            notes: Mutex::new(Notes {
+                machine: None,
+                ending: Ending::Kill,
+                guest_stages: Vec::new(),
+                vmm_exit: None,
+            }),
+        }
+    }
+
+    fn notes(&self) -> MutexGuard<'_, Notes> {
+        self.notes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The VMM, once launched.
+    pub fn machine(&self) -> Option<Arc<dyn Machine>> {
+        self.notes().machine.clone()
+    }
+
+    /// Says that the VMM is launched.
+    pub fn set_machine(&self, machine: Arc<dyn Machine>) {
+        self.notes().machine = Some(machine);
+    }
+
+    /// The agent, once it answers.
+    pub fn agent(&self) -> Option<AgentClient> {
+        self.agent.0.borrow().clone()
+    }
+
+    /// Where the agent's client is kept, for a task of the run.
+    pub fn agent_slot(&self) -> AgentSlot {
+        self.agent.clone()
+    }
+
+    /// Where the main process's status is kept, for a task of the run.
+    pub fn main_exit_slot(&self) -> MainExit {
+        self.main_exit.clone()
+    }
+
+    /// The main process's status, once it ended.
+    pub fn main_exit(&self) -> Option<i32> {
+        *self.main_exit.0.borrow()
+    }
+
+    /// Waits for the main process to end.
+    pub async fn wait_main_exit(&self) -> i32 {
+        let mut receiver = self.main_exit.0.subscribe();
+        match receiver.wait_for(Option::is_some).await.map(|code| *code) {
+            Ok(Some(code)) => code,
+            // The sender lives as long as `self`.
+            Ok(None) | Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// How much of a hurry `stop` is in.
+    pub fn ending(&self) -> Ending {
+        self.notes().ending
+    }
+
+    /// Decides how the run ends, before the `stop` hooks are called.
+    pub fn set_ending(&self, ending: Ending) {
+        self.notes().ending = ending;
+    }
+
+    /// Notes how long something took inside the guest.
+    pub fn note_guest_stage(&self, name: &str, duration: Duration) {
+        self.notes().guest_stages.push((name.to_owned(), duration));
+    }
+
+    /// What was noted of the guest's own steps.
+    pub fn guest_stages(&self) -> Vec<(String, Duration)> {
+        self.notes().guest_stages.clone()
+    }
+
+    /// Notes why the VMM is gone.
+    pub fn note_vmm_exit(&self, cause: ExitCause) {
+        self.notes().vmm_exit = Some(cause);
+    }
+
+    /// Whether the VMM is gone because the guest switched itself off.
+    pub fn powered_off(&self) -> bool {
+        matches!(self.notes().vmm_exit, Some(ExitCause::GuestPowerOff | ExitCause::GuestReset))
+    }
+
+    /// VMM and agent, when both are there.
+    pub fn live(&self) -> Option<Live> {
+        Some(Live { machine: self.machine()?, agent: self.agent()? })
+    }
+}
+
+/// A plan with no devices, for the capabilities to fill in.
+pub fn empty_plan(vm: VmId) -> LaunchPlan {
+    LaunchPlan {
+        vm,
+        run_dir: PathBuf::new(),
+        log: PathBuf::new(),
+        console: PathBuf::new(),
+        cpus: 1,
+        memory: ByteSize::from_mib(0),
+        accel: Accel::Tcg,
+        kernel: PathBuf::new(),
+        initramfs: None,
+        cmdline: Vec::new(),
+        console_device: ConsoleDevice::default(),
+        disks: Vec::new(),
+        pmems: Vec::new(),
+        shares: Vec::new(),
+        nets: Vec::new(),
+        agent: AgentChannel::VirtioSerial,
+        identity: None,
+    }
+}
