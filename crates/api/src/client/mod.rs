@@ -32,7 +32,7 @@ use crate::kernel::{DistroRequest, KernelSummary};
 use crate::system::{DoctorReport, SystemInfo};
 use crate::vm::{
     ArchiveQuery, ArchiveUnpacked, AttachQuery, KillQuery, ListQuery, LogsQuery, PATH_STAT_HEADER, PathStat,
-    RemoveQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
+    RemoveQuery, RenameQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
 };
 use connection::{Answer, exchange};
 
@@ -40,11 +40,6 @@ use connection::{Answer, exchange};
 #[derive(Clone, Debug)]
 pub struct Client {
     socket: PathBuf,
-}
-
-#[derive(Serialize)]
-struct RenameQuery<'a> {
-    name: &'a str,
 }
 
 impl Client {
@@ -131,7 +126,7 @@ impl Client {
 
     /// Gives a VM another name.
     pub async fn rename_vm(&self, vm: &str, name: &str) -> Result<VmSummary, ClientError> {
-        self.post(&url::with_query(&url::vm(vm, "/rename"), &RenameQuery { name }))
+        self.post(&url::with_query(&url::vm(vm, "/rename"), &RenameQuery { name: name.to_owned() }))
             .await
     }
 
