@@ -1,1 +1,11 @@
-//! To come.
+//! Prepared bases: what an image becomes once, so that its VMs need only clone two small files.
+//!
+//! - [`erofs`]: a writer of EROFS images, fed with the layers as they are read: no unpacked tree ever lies on disk.
+//! - [`seed`]: pristine ext4 disks and their clones.
+//! - [`base`]: the store of bases; prepares an image once and publishes the result atomically.
+
+pub mod erofs;
+
+pub mod seed;
+
+pub mod base;

@@ -1,0 +1,135 @@
+//! `base.json`, and how a base gets its id. See `docs/formats/base.md`.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use offshoot_model::{BaseId, ByteSize, Digest};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use super::error::BaseError;
+
+pub(super) const ROOT: &str = "root.erofs";
+pub(super) const OVERLAY_SEED: &str = "overlay-seed.ext4";
+pub(super) const MANIFEST: &str = "base.json";
+
+/// The format of the folder and of its manifest.
+pub(super) const FORMAT: u32 = 1;
+/// Whatever changes the bytes of a base but the image: raise the number of a part when its bytes change.
+pub(super) const VARIANT: &str = "root.erofs=1 overlay-seed.ext4=1";
+
+/// The largest manifest that is read: ours have less than one KiB.
+const LIMIT: u64 = 64 << 10;
+
+/// What a base is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BaseManifest {
+    /// The format of the folder: 1.
+    pub format: u32,
+    /// The image it was made from.
+    pub image: Digest,
+    /// The variant that is in its id.
+    pub variant: String,
+    /// The root.
+    pub root: RootInfo,
+    /// The overlay seed.
+    pub overlay_seed: SeedInfo,
+}
+
+/// `root.erofs`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RootInfo {
+    /// Its length, a multiple of 2 MiB.
+    pub size: ByteSize,
+    /// What it took on disk when it was made; holes take nothing.
+    pub allocated: ByteSize,
+    /// How many files, folders and others are in it.
+    pub inodes: u64,
+    /// The SHA-256 of all its bytes.
+    pub sha256: Digest,
+    /// What wrote it.
+    pub writer: String,
+}
+
+/// `overlay-seed.ext4`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SeedInfo {
+    /// Its length.
+    pub size: ByteSize,
+    /// What wrote it.
+    pub writer: String,
+}
+
+/// The id of the base of an image: the first 128 bits of a SHA-256 over the image's digest and the variant.
+pub fn base_id(image: &Digest) -> BaseId {
+    BaseId::from_bytes(&Sha256::digest(format!("offshoot base\n{image}\n{VARIANT}\n")))
+}
+
+/// The UUID of an image's root file system: made from its digest, so that the same image gives the same bytes.
+pub(super) fn root_uuid(image: &Digest) -> [u8; 16] {
+    let hash = Sha256::digest(format!("offshoot root uuid\n{image}\n"));
+    let mut uuid = [0; 16];
+    uuid.copy_from_slice(&hash[..16]);
+    // A version 8 UUID (RFC 9562, 5.8): made by a scheme of one's own.
+    uuid[6] = uuid[6] & 0x0f | 0x80;
+    uuid[8] = uuid[8] & 0x3f | 0x80;
+    uuid
+}
+
+impl BaseManifest {
+    /// Reads the manifest in a base's folder and compares it with what else is there. Cheap: nothing large is read.
+    pub(super) fn read(dir: &Path, id: &BaseId) -> Result<Self, BaseError> {
+        let path = dir.join(MANIFEST);
+        let damaged = |what| BaseError::Damaged { dir: dir.to_owned(), what };
+        let mut text = Vec::new();
+        match File::open(&path) {
+            Ok(file) => {
+                file.take(LIMIT + 1).read_to_end(&mut text).map_err(BaseError::io("read", &path))?;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound && !dir.exists() => {
+                return Err(BaseError::NotFound { id: id.clone() });
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(damaged("it has no base.json")),
+            Err(source) => return Err(BaseError::Io { action: "open", path, source }),
+        }
+        if text.len() as u64 > LIMIT {
+            return Err(damaged("its base.json is too large"));
+        }
+        let manifest: Self = serde_json::from_slice(&text).map_err(|_| damaged("its base.json does not parse"))?;
+        if manifest.format != FORMAT || manifest.variant != VARIANT {
+            return Err(damaged("it has another format"));
+        }
+        if base_id(&manifest.image) != *id {
+            return Err(damaged("it is the base of another image"));
+        }
+        for (name, size) in [(ROOT, manifest.root.size), (OVERLAY_SEED, manifest.overlay_seed.size)] {
+            match std::fs::symlink_metadata(dir.join(name)) {
+                Ok(file) if file.is_file() && file.len() == size.bytes() => {}
+                _ => return Err(damaged("a file is missing or has another size")),
+            }
+        }
+        Ok(manifest)
+    }
+
+    /// The text of `base.json`.
+    pub(super) fn to_json(&self) -> Vec<u8> {
+        let mut text = serde_json::to_vec_pretty(self).unwrap_or_else(|_| unreachable!("plain values serialize"));
+        text.push(b'\n');
+        text
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_depends_on_the_image_and_stays_as_it_is() {
+        let (a, b) = (Digest::from_bytes([1; 32]), Digest::from_bytes([2; 32]));
+        assert_ne!(base_id(&a), base_id(&b));
+        // Changes only with the variant: VMs name their base by it.
+        assert_eq!(base_id(&a).as_str(), "@@ID@@");
+        assert_ne!(root_uuid(&a), root_uuid(&b));
+    }
+}
