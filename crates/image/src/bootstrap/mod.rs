@@ -16,13 +16,13 @@ use std::fs::File;
 use std::io;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use offshoot_model::{Digest, ErrorKind, Explain, Progress};
 use offshoot_store::blobs::BlobStore;
 use offshoot_sys::durable::StagingDir;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, BufReader};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 use tokio::task::spawn_blocking;
 
 use self::plan::{Plan, Source, plan, read_sources};
@@ -35,6 +35,10 @@ const TAIL_LINES: usize = 12;
 const LINE_LENGTH: u64 = 400;
 /// The most of a sources file that is read; a real one has a few hundred bytes.
 const SOURCES_LIMIT: u64 = 256 << 10;
+
+/// How often it is tried to remove what killed children may still have been writing to: for ten seconds in all.
+const REMOVE_ATTEMPTS: u32 = 100;
+const REMOVE_PAUSE: Duration = Duration::from_millis(100);
 
 /// What mmdebstrap copies from the host, so that apt works while it builds, and must not leave there.
 const REMOVE_HOST_FILES: &str = r#"--customize-hook=rm -f "$1/etc/resolv.conf" "$1/etc/hostname""#;
@@ -175,8 +179,9 @@ pub async fn bootstrap(
     let plan = plan(&options.suite, &options.include, options.mirror.as_deref(), &host_sources())?;
     // Where the tree is built while it is not yet a tar: on the data's file system, since /tmp may be small, and swept there.
     let staging = StagingDir::new(store.tmp_dir(), "bootstrap").map_err(run_error)?;
-    let mut child = spawn(&plan, options.variant, staging.path())?;
-    let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) else {
+    let child = spawn(&plan, options.variant, staging.path())?;
+    let mut build = Build { child: Some(child), staging: Some(staging) };
+    let Some((child, stdout, stderr)) = build.pipes() else {
         return Err(run_error(io::ErrorKind::BrokenPipe.into()));
     };
     let stdout = File::from(stdout.into_owned_fd().map_err(run_error)?);
@@ -196,6 +201,44 @@ pub async fn bootstrap(
 
 fn run_error(source: io::Error) -> BootstrapError {
     BootstrapError::Run { source }
+}
+
+/// A running mmdebstrap and the folder it builds in. Dropped, both are gone soon after.
+struct Build {
+    child: Option<Child>,
+    staging: Option<StagingDir>,
+}
+
+impl Build {
+    fn pipes(&mut self) -> Option<(&mut Child, ChildStdout, ChildStderr)> {
+        let child = self.child.as_mut()?;
+        let (stdout, stderr) = (child.stdout.take()?, child.stderr.take()?);
+        Some((child, stdout, stderr))
+    }
+}
+
+impl Drop for Build {
+    fn drop(&mut self) {
+        let (Some(mut child), Some(staging)) = (self.child.take(), self.staging.take()) else { return };
+        if matches!(child.try_wait(), Ok(Some(_))) {
+            return;
+        }
+        // The rest of the namespace dies just after the child that we know, and until then may still write.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                // An error means that it has ended already.
+                let _ = child.kill().await;
+                let path = staging.path().to_owned();
+                drop(staging);
+                for _ in 0..REMOVE_ATTEMPTS {
+                    match tokio::fs::remove_dir_all(&path).await {
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => tokio::time::sleep(REMOVE_PAUSE).await,
+                        _ => return,
+                    }
+                }
+            });
+        }
+    }
 }
 
 fn spawn(plan: &Plan, variant: Variant, tmp: &Path) -> Result<Child, BootstrapError> {
