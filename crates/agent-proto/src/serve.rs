@@ -1,5 +1,7 @@
 //! Serves one connection: HTTP/2 straight on the stream, no router and no listener.
 
+use std::sync::Arc;
+
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -8,8 +10,8 @@ use crate::limits;
 use crate::v1::agent_server::{Agent, AgentServer};
 
 /// The service with this crate's limits, ready to be cloned for every connection.
-pub fn service<A: Agent>(agent: A) -> AgentServer<A> {
-    AgentServer::new(agent)
+pub fn service<A: Agent>(agent: Arc<A>) -> AgentServer<A> {
+    AgentServer::from_arc(agent)
         .max_decoding_message_size(limits::MAX_REQUEST)
         .max_encoding_message_size(limits::MAX_REPLY)
 }
