@@ -97,12 +97,9 @@ fn lz4_legacy(mut data: &[u8], limit: usize) -> Result<Vec<u8>, DecompressError>
     };
     let mut unpacked = Vec::new();
     let mut block = vec![0; LZ4_LEGACY_BLOCK];
-    loop {
-        // Only the unpacked size, four bytes, may follow the last block; it cannot be told from a block's length
-        // other than by the data ending behind it.
-        let Some((length, rest)) = data.split_first_chunk::<4>() else {
-            break;
-        };
+    // Only the unpacked size, four bytes, may follow the last block; it cannot be told from a block's length other than
+    // by the data ending behind it.
+    while let Some((length, rest)) = data.split_first_chunk::<4>() {
         if rest.is_empty() && !unpacked.is_empty() {
             break;
         }

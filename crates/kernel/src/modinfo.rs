@@ -67,6 +67,23 @@ fn soft_before(text: &str) -> impl Iterator<Item = String> {
     })
 }
 
+/// The module without the signature behind it (kernel/module/signing.c): signature, 12 bytes with its length in the last
+/// four, marker. What has no whole signature is given as it is.
+pub(crate) fn without_signature(ko: &[u8]) -> &[u8] {
+    const MARKER: &[u8] = b"~Module signature appended~\n";
+    const DESCRIPTION: usize = 12;
+    let strip = || {
+        let rest = ko.strip_suffix(MARKER)?;
+        let (rest, length) = rest.split_last_chunk::<4>()?;
+        let end = rest
+            .len()
+            .checked_sub(DESCRIPTION - 4)?
+            .checked_sub(u32::from_be_bytes(*length) as usize)?;
+        Some(&ko[..end])
+    };
+    strip().unwrap_or(ko)
+}
+
 /// A module's name as the kernel knows it: file names may have `-` where it has `_`.
 pub(crate) fn normalise(name: &str) -> String {
     name.replace('-', "_")
@@ -147,6 +164,22 @@ pub(crate) mod tests {
         );
     }
 
+    #[test]
+    fn a_signature_is_cut_off_only_when_it_is_whole() {
+        let marker = b"~Module signature appended~\n";
+        let signed = [b"module", &b"sig"[..], &[0; 8], &[0, 0, 0, 3], marker].concat();
+        assert_eq!(without_signature(&signed), b"module");
+        let too_long = [b"module", &[0; 8][..], &[0xff; 4], marker].concat();
+        for whole in [
+            &b"module"[..],
+            &marker[..],
+            &signed[..signed.len() - 1],
+            &too_long,
+        ] {
+            assert_eq!(without_signature(whole), whole);
+        }
+    }
+
     proptest! {
         #[test]
         fn damage_never_panics(at in any::<prop::sample::Index>(), value: [u8; 4], cut in any::<prop::sample::Index>()) {
@@ -155,6 +188,7 @@ pub(crate) mod tests {
             bytes[at..at + 4].copy_from_slice(&value);
             bytes.truncate(cut.index(bytes.len()) + 1);
             let _ = Modinfo::of_module(&bytes);
+            assert!(without_signature(&bytes).len() <= bytes.len());
         }
     }
 }

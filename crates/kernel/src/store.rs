@@ -233,7 +233,7 @@ impl KernelStore {
                 // Removed since the folder was read.
                 Err(KernelError::NotFound { .. }) => {}
                 Err(error) => {
-                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "unusable kernel bundle")
+                    tracing::warn!(%id, error = &error as &dyn std::error::Error, "unusable kernel bundle");
                 }
             }
         }
@@ -618,7 +618,7 @@ mod tests {
         let fixture = Fixture::new();
         let bundle = fixture.add("vmlinuz", "agent").await.unwrap();
         assert_eq!(fixture.add("vmlinuz", "agent").await.unwrap(), bundle);
-        assert_eq!(fixture.store.list().unwrap(), [bundle.clone()]);
+        assert_eq!(fixture.store.list().unwrap(), std::slice::from_ref(&bundle));
         let manifest = &bundle.manifest;
         assert_eq!(manifest.release, "6.12.1-test");
         assert_eq!(manifest.modules, ["netfs", "erofs", "overlay"]);

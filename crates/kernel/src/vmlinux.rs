@@ -25,7 +25,7 @@ use crate::decompress::{DecompressError, decompress};
 /// The largest vmlinux we take: a distribution's full kernel has 60 to 100 MiB, one with debug information 500.
 pub(crate) const VMLINUX_MAX: usize = 768 << 20;
 /// The largest configuration inside a kernel; real ones have 300 KiB.
-const CONFIG_MAX: usize = 4 << 20;
+pub(crate) const CONFIG_MAX: usize = 4 << 20;
 /// `uname -r` has room for 64 bytes with the NUL (`__NEW_UTS_LEN`).
 const RELEASE_MAX: usize = 64;
 /// The first protocol version whose header has the payload fields.

@@ -85,6 +85,8 @@ async fn the_newest_cloud_kernel_becomes_a_bundle() {
             .find(|(name, _)| *name == path)
             .unwrap_or_else(|| panic!("{path}"));
         assert!(content.starts_with(b"\x7fELF"), "{path}");
+        // Debian does not insist on signatures, and checking them costs the guest time.
+        assert!(!content.ends_with(b"~Module signature appended~\n"), "{path}");
     }
     let downloads = || {
         let is_download = |event: &&ProgressEvent| matches!(event, ProgressEvent::Started { label, total: Some(1_000_000..), .. } if label.starts_with("downloading"));
