@@ -42,10 +42,14 @@ impl ApiError {
 
     /// The wire form of a library's error: its message, its chain of sources, its hints.
     pub fn from_explained(error: &dyn Explain) -> Self {
-        let mut causes = Vec::new();
+        let mut causes: Vec<String> = Vec::new();
         let mut source = error.source();
         while let Some(cause) = source {
-            causes.push(cause.to_string());
+            let text = cause.to_string();
+            // Some libraries repeat the cause in their message.
+            if !causes.last().is_some_and(|last| last.ends_with(&text)) {
+                causes.push(text);
+            }
             source = cause.source();
         }
         Self {

@@ -1,2 +1,50 @@
-//! To come.
-fn main() {}
+//! `offshoot`: the command line. It turns words into requests and answers into text; the daemon does the rest.
+//!
+//! ```text
+//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ system ─► api::client ─► offshootd
+//!          └─ session (relay) ─ terminal, detach, signals
+//! ```
+
+mod age;
+mod args;
+mod cp;
+mod credentials;
+mod detach;
+mod error;
+mod exec;
+mod image;
+mod kernel;
+mod logs;
+mod output;
+mod packing;
+mod progress;
+mod run;
+mod session;
+mod signals;
+mod system;
+mod terminal;
+mod timings;
+mod values;
+mod vm;
+mod vm_config;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use args::Cli;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(e) => return error::Failure::io("cannot start", &e).report(),
+    };
+    let outcome = runtime.block_on(cli.run());
+    // A thread may still wait for standard input; nobody needs it any more.
+    runtime.shutdown_background();
+    match outcome {
+        Ok(code) => ExitCode::from(code),
+        Err(failure) => failure.report(),
+    }
+}

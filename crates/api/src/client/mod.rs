@@ -126,8 +126,13 @@ impl Client {
 
     /// Gives a VM another name.
     pub async fn rename_vm(&self, vm: &str, name: &str) -> Result<VmSummary, ClientError> {
-        self.post(&url::with_query(&url::vm(vm, "/rename"), &RenameQuery { name: name.to_owned() }))
-            .await
+        self.post(&url::with_query(
+            &url::vm(vm, "/rename"),
+            &RenameQuery {
+                name: name.to_owned(),
+            },
+        ))
+        .await
     }
 
     /// Waits until a VM does not run any more.

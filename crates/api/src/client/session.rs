@@ -6,9 +6,9 @@ use futures::{SinkExt, StreamExt};
 use http::{Method, StatusCode, header};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig};
+use tokio_tungstenite::{WebSocketStream, tungstenite};
 
 use super::connection::{Upload, exchange};
 use super::error::{ClientError, ProtocolError};
@@ -156,7 +156,19 @@ impl SessionStream {
             source,
         };
         while let Some(message) = self.stream.next().await {
-            match message.map_err(|e| broken(ProtocolError::WebSocket(Box::new(e))))? {
+            let message = match message {
+                Ok(message) => message,
+                // A daemon that is killed closes no session; that is an end all the same.
+                Err(
+                    tungstenite::Error::ConnectionClosed
+                    | tungstenite::Error::AlreadyClosed
+                    | tungstenite::Error::Protocol(
+                        tungstenite::error::ProtocolError::ResetWithoutClosingHandshake,
+                    ),
+                ) => return Ok(None),
+                Err(e) => return Err(broken(ProtocolError::WebSocket(Box::new(e)))),
+            };
+            match message {
                 Message::Binary(bytes) => return decode(bytes).map(Some).map_err(broken),
                 Message::Close(_) => return Ok(None),
                 Message::Text(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_) => {}
@@ -226,7 +238,7 @@ mod tests {
         let long = encode(ClientMessage::Stdin(Bytes::from(vec![7; 150_000]))).unwrap();
         assert_eq!(
             long.iter().map(Bytes::len).collect::<Vec<_>>(),
-            [65537, 65537, 18931]
+            [65537, 65537, 18929]
         );
     }
 

@@ -1,0 +1,252 @@
+//! `run`, `create`, `start` and `attach`: a VM from a command line, and its main process in the foreground.
+//!
+//! ```text
+//! (pull) ─► create ─► attach ─► start ─► relay ─► status ─► (gone, with --rm)
+//!      Ctrl-C: give up, remove      Ctrl-C: to the process
+//! ```
+
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use offshoot_api::client::Client;
+use offshoot_api::image::ImageQuery;
+use offshoot_api::vm::{AttachQuery, RemoveQuery, VmSummary};
+use offshoot_model::VmConfig;
+
+use crate::error::{Failure, report_and_go_on};
+use crate::image::pull_image;
+use crate::output::{line, note};
+use crate::session::{End, Relay, exit_code, relay};
+use crate::signals::Signals;
+use crate::terminal::check_tty;
+use crate::values::vm_ref;
+use crate::vm_config::{Pull, VmArgs};
+
+/// How long `run --rm` waits for the VM to be gone after its process ended: a shutdown, and then some.
+const GONE_TIMEOUT: Duration = Duration::from_secs(60);
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RunArgs {
+    /// Run in the background and print the VM's id
+    #[arg(short, long)]
+    detach: bool,
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    vm: VmArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct CreateArgs {
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    vm: VmArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct StartArgs {
+    /// Show what the main process writes, and end with its status
+    #[arg(short, long)]
+    attach: bool,
+    /// Pass on standard input as well
+    #[arg(short, long, requires = "attach")]
+    interactive: bool,
+    /// Names or ids
+    #[arg(required = true, value_name = "VM", value_parser = vm_ref)]
+    vms: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct AttachArgs {
+    /// Do not pass on standard input
+    #[arg(long)]
+    no_stdin: bool,
+    /// Name or id
+    #[arg(value_parser = vm_ref)]
+    vm: String,
+}
+
+pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
+    let pull = args.vm.pull;
+    let config = args.vm.config()?;
+    if !args.detach {
+        check_tty(config.stdin, config.tty)?;
+    }
+    let mut signals = Signals::catch()?;
+    let vm = tokio::select! {
+        vm = make(client, &config, pull, args.quiet) => vm?,
+        () = signals.cancelled() => return Err(Failure::cancelled()),
+    };
+    let id = vm.id.as_str();
+    if args.detach {
+        begin(client, id, &mut signals, &config).await?;
+        line(id)?;
+        return Ok(0);
+    }
+    let query = AttachQuery {
+        stdin: config.stdin,
+        logs: false,
+    };
+    let session = match client.attach(id, &query).await {
+        Ok(session) => session,
+        Err(e) => {
+            forget_if_asked(client, id, &config).await;
+            return Err(e.into());
+        }
+    };
+    begin(client, id, &mut signals, &config).await?;
+    let main = Relay {
+        stdin: config.stdin,
+        tty: config.tty,
+        signals: &mut signals,
+        main_of: Some((client, id)),
+    };
+    let end = relay(session, main).await?;
+    if config.auto_remove && matches!(end, End::Status(_)) {
+        tokio::select! {
+            () = until_gone(client, id) => (),
+            () = signals.cancelled() => (),
+        }
+    }
+    exit_code(end)
+}
+
+pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Failure> {
+    let pull = args.vm.pull;
+    let config = args.vm.config()?;
+    let vm = make(client, &config, pull, args.quiet).await?;
+    line(vm.id.as_str())?;
+    Ok(0)
+}
+
+pub(crate) async fn start(client: &Client, args: &StartArgs) -> Result<u8, Failure> {
+    if !args.attach {
+        return crate::vm::each(&args.vms, |vm| async move { client.start_vm(vm).await.map(drop) }).await;
+    }
+    let [vm] = args.vms.as_slice() else {
+        return Err(
+            Failure::invalid("cannot attach to several VMs at once").hint("start them one by one with `-a`")
+        );
+    };
+    let details = client.vm(vm).await?;
+    let id = details.summary.id.as_str();
+    let (stdin, tty) = (args.interactive && details.config.stdin, details.config.tty);
+    check_tty(stdin, tty)?;
+    let mut signals = Signals::catch()?;
+    let session = client.attach(id, &AttachQuery { stdin, logs: false }).await?;
+    tokio::select! {
+        started = client.start_vm(id) => drop(started?),
+        () = signals.cancelled() => return Err(Failure::cancelled()),
+    }
+    exit_code(
+        relay(
+            session,
+            Relay {
+                stdin,
+                tty,
+                signals: &mut signals,
+                main_of: Some((client, id)),
+            },
+        )
+        .await?,
+    )
+}
+
+pub(crate) async fn attach(client: &Client, args: &AttachArgs) -> Result<u8, Failure> {
+    let details = client.vm(&args.vm).await?;
+    let id = details.summary.id.as_str();
+    let (stdin, tty) = (details.config.stdin && !args.no_stdin, details.config.tty);
+    check_tty(stdin, tty)?;
+    let mut signals = Signals::catch()?;
+    let session = client.attach(id, &AttachQuery { stdin, logs: false }).await?;
+    exit_code(
+        relay(
+            session,
+            Relay {
+                stdin,
+                tty,
+                signals: &mut signals,
+                main_of: Some((client, id)),
+            },
+        )
+        .await?,
+    )
+}
+
+/// Creates a VM, and pulls its image when it must.
+async fn make(client: &Client, config: &VmConfig, pull: Pull, quiet: bool) -> Result<VmSummary, Failure> {
+    if pull == Pull::Always {
+        pull_image(client, &config.image, None, true, quiet).await?;
+    }
+    match client.create_vm(config).await {
+        Err(e) if e.is_not_found() && pull == Pull::Missing && image_is_missing(client, config).await => {
+            if !quiet {
+                note(&format!(
+                    "Unable to find image `{}` in the store, pulling it",
+                    config.image
+                ));
+            }
+            pull_image(client, &config.image, None, true, quiet)
+                .await
+                .map_err(|e| e.hint("`offshoot image ls` lists the images in the store"))?;
+            Ok(client.create_vm(config).await?)
+        }
+        made => Ok(made?),
+    }
+}
+
+/// Other things than the image can be missing as well, and then a pull would not help.
+async fn image_is_missing(client: &Client, config: &VmConfig) -> bool {
+    let image = client
+        .image(&ImageQuery {
+            reference: config.image.clone(),
+        })
+        .await;
+    image.is_err_and(|e| e.is_not_found())
+}
+
+/// Starts a VM that this program made. Ctrl-C gives it up; a failure leaves it as `create` did, or gone with `--rm`.
+async fn begin(client: &Client, id: &str, signals: &mut Signals, config: &VmConfig) -> Result<(), Failure> {
+    let started = tokio::select! {
+        started = client.start_vm(id) => Some(started),
+        () = signals.cancelled() => None,
+    };
+    match started {
+        Some(Ok(_)) => Ok(()),
+        Some(Err(e)) => {
+            forget_if_asked(client, id, config).await;
+            Err(e.into())
+        }
+        None => {
+            forget(client, id).await;
+            Err(Failure::cancelled())
+        }
+    }
+}
+
+async fn forget_if_asked(client: &Client, id: &str, config: &VmConfig) {
+    if config.auto_remove {
+        forget(client, id).await;
+    }
+}
+
+async fn forget(client: &Client, id: &str) {
+    match client.remove_vm(id, &RemoveQuery { force: true }).await {
+        Ok(()) => (),
+        Err(e) if e.is_not_found() => (),
+        Err(e) => report_and_go_on(Failure::from(e).hint(format!("remove it with `offshoot rm -f {id}`"))),
+    }
+}
+
+/// Waits until the daemon has removed a VM, so that its name is free and nothing of it is left.
+async fn until_gone(client: &Client, id: &str) {
+    let deadline = Instant::now() + GONE_TIMEOUT;
+    let mut pause = Duration::from_millis(2);
+    while client.vm(id).await.is_ok() && Instant::now() < deadline {
+        tokio::time::sleep(pause).await;
+        pause = (pause * 3 / 2).min(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,84 @@
+//! The stages of a VM's operations, drawn as bars over time.
+
+use offshoot_model::{StageOutcome, StageTiming};
+
+use crate::output::table;
+
+/// How many characters stand for the longest operation.
+const WIDTH: u64 = 40;
+
+/// One row per stage; the bars of one operation share one scale.
+pub(crate) fn draw(timings: &[StageTiming]) -> String {
+    let rows = timings.iter().map(|timing| {
+        let ends = timings
+            .iter()
+            .filter(|t| t.operation == timing.operation)
+            .map(end);
+        let total = ends.max().unwrap_or(0).max(1);
+        let mark = match timing.outcome {
+            StageOutcome::Done => "",
+            StageOutcome::Failed => " failed",
+            StageOutcome::Undone => " undone",
+        };
+        vec![
+            timing.operation.clone(),
+            timing.stage.clone(),
+            milliseconds(timing.start_us),
+            milliseconds(timing.duration_us) + mark,
+            bar(timing, total),
+        ]
+    });
+    table(&["OPERATION", "STAGE", "START", "TIME", ""], rows)
+}
+
+fn end(timing: &StageTiming) -> u64 {
+    timing.start_us.saturating_add(timing.duration_us)
+}
+
+fn bar(timing: &StageTiming, total: u64) -> String {
+    let place =
+        |us: u64| usize::try_from(u128::from(us) * u128::from(WIDTH) / u128::from(total)).unwrap_or(0);
+    let (from, to) = (place(timing.start_us), place(end(timing)));
+    let length = (to - from).max(1);
+    format!(
+        "{}{}",
+        " ".repeat(from.min(WIDTH as usize - 1)),
+        "█".repeat(length)
+    )
+}
+
+fn milliseconds(us: u64) -> String {
+    format!("{}.{}ms", us / 1000, us % 1000 / 100)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stages_are_drawn_on_the_scale_of_their_operation() {
+        let stage = |operation: &str, stage: &str, start_us, duration_us, outcome| StageTiming {
+            operation: operation.into(),
+            stage: stage.into(),
+            start_us,
+            duration_us,
+            outcome,
+        };
+        let timings = [
+            stage("create", "root.prepare", 0, 1000, StageOutcome::Done),
+            stage("start", "root.plan", 0, 40, StageOutcome::Done),
+            stage("start", "vmm.launch", 40, 499_960, StageOutcome::Done),
+            stage("start", "agent.connect", 500_000, 1_500_000, StageOutcome::Failed),
+            stage("start", "vmm.launch", 2_000_000, 0, StageOutcome::Undone),
+        ];
+        insta::assert_snapshot!(draw(&timings), @r#"
+        OPERATION   STAGE           START      TIME
+        create      root.prepare    0.0ms      1.0ms             ████████████████████████████████████████
+        start       root.plan       0.0ms      0.0ms             █
+        start       vmm.launch      0.0ms      499.9ms           ██████████
+        start       agent.connect   500.0ms    1500.0ms failed             ██████████████████████████████
+        start       vmm.launch      2000.0ms   0.0ms undone                                             █
+        "#);
+        assert_eq!(draw(&[]), "OPERATION   STAGE   START   TIME\n");
+    }
+}

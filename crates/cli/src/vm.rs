@@ -1,0 +1,268 @@
+//! The verbs that need no session: `ps`, `inspect`, `stop`, `rm` and their like.
+
+use clap::Args;
+use futures::{StreamExt, stream};
+use offshoot_api::client::{Client, ClientError};
+use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, StopQuery, VmSummary};
+use offshoot_model::VmName;
+
+use crate::age;
+use crate::error::{ERROR, Failure, low_byte, report_and_go_on};
+use crate::output::{Output, OutputArgs, json, line, now_ms, shorten, table};
+use crate::timings;
+use crate::values::vm_ref;
+
+/// How many VMs one command line handles at once.
+const AT_ONCE: usize = 16;
+/// How much of a command `ps` shows, as Docker does.
+const COMMAND_WIDTH: usize = 20;
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Also VMs that do not run
+    #[arg(short, long)]
+    all: bool,
+    /// Only ids
+    #[arg(short, long)]
+    quiet: bool,
+    /// Show whole commands
+    #[arg(long)]
+    no_trunc: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// Draw how long each stage of its operations took
+    #[arg(long)]
+    timings: bool,
+    /// How to show the timings; everything else is always JSON
+    #[arg(long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Output,
+    /// Name or id
+    #[arg(value_parser = vm_ref)]
+    vm: String,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct StopArgs {
+    /// Seconds to wait before the VM is killed [default: 10]
+    #[arg(short = 't', long, visible_alias = "timeout", value_name = "SECONDS")]
+    time: Option<u32>,
+    /// Names or ids
+    #[arg(required = true, value_name = "VM", value_parser = vm_ref)]
+    vms: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct KillArgs {
+    /// Signal for the main process, by name or number; KILL ends the VM itself
+    #[arg(short, long, value_name = "SIGNAL")]
+    signal: Option<String>,
+    /// Names or ids
+    #[arg(required = true, value_name = "VM", value_parser = vm_ref)]
+    vms: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RmArgs {
+    /// Kill a VM that runs
+    #[arg(short, long)]
+    force: bool,
+    /// Names or ids
+    #[arg(required = true, value_name = "VM", value_parser = vm_ref)]
+    vms: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct VmsArgs {
+    /// Names or ids
+    #[arg(required = true, value_name = "VM", value_parser = vm_ref)]
+    vms: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct RenameArgs {
+    /// Name or id
+    #[arg(value_parser = vm_ref)]
+    vm: String,
+    /// The new name
+    name: VmName,
+}
+
+pub(crate) async fn ps(client: &Client, args: &PsArgs) -> Result<u8, Failure> {
+    let vms = client.vms(&ListQuery { all: args.all }).await?;
+    if args.output.output == Output::Json {
+        json(&vms)?;
+    } else if args.quiet {
+        line(&vms.iter().map(|vm| format!("{}\n", vm.id)).collect::<String>())?;
+    } else {
+        line(&ps_table(&vms, now_ms(), args.no_trunc))?;
+    }
+    Ok(0)
+}
+
+fn ps_table(vms: &[VmSummary], now_ms: u64, whole: bool) -> String {
+    let rows = vms.iter().map(|vm| {
+        let command = if whole {
+            vm.command.clone()
+        } else {
+            shorten(&vm.command, COMMAND_WIDTH)
+        };
+        vec![
+            vm.name.to_string(),
+            vm.id.to_string(),
+            vm.image.clone(),
+            format!("\"{command}\""),
+            age::ago(vm.created_ms, now_ms),
+            age::status(vm, now_ms),
+        ]
+    });
+    table(&["NAME", "ID", "IMAGE", "COMMAND", "CREATED", "STATUS"], rows)
+}
+
+pub(crate) async fn inspect(client: &Client, args: &InspectArgs) -> Result<u8, Failure> {
+    let details = client.vm(&args.vm).await?;
+    match (args.timings, args.output) {
+        (true, Output::Table) => line(&timings::draw(&details.timings))?,
+        (true, Output::Json) => json(&details.timings)?,
+        (false, _) => json(&details)?,
+    }
+    Ok(0)
+}
+
+pub(crate) async fn stop(client: &Client, args: &StopArgs) -> Result<u8, Failure> {
+    let query = &StopQuery { time_s: args.time };
+    each(&args.vms, |vm| async move {
+        client.stop_vm(vm, query).await.map(drop)
+    })
+    .await
+}
+
+pub(crate) async fn restart(client: &Client, args: &StopArgs) -> Result<u8, Failure> {
+    let query = &StopQuery { time_s: args.time };
+    each(&args.vms, |vm| async move {
+        client.restart_vm(vm, query).await.map(drop)
+    })
+    .await
+}
+
+pub(crate) async fn kill(client: &Client, args: &KillArgs) -> Result<u8, Failure> {
+    let query = &KillQuery {
+        signal: args.signal.clone(),
+    };
+    each(&args.vms, |vm| async move {
+        client.kill_vm(vm, query).await.map(drop)
+    })
+    .await
+}
+
+pub(crate) async fn rm(client: &Client, args: &RmArgs) -> Result<u8, Failure> {
+    let query = &RemoveQuery { force: args.force };
+    each(&args.vms, |vm| async move { client.remove_vm(vm, query).await }).await
+}
+
+pub(crate) async fn pause(client: &Client, args: &VmsArgs) -> Result<u8, Failure> {
+    each(&args.vms, |vm| async move { client.pause_vm(vm).await.map(drop) }).await
+}
+
+pub(crate) async fn resume(client: &Client, args: &VmsArgs) -> Result<u8, Failure> {
+    each(
+        &args.vms,
+        |vm| async move { client.resume_vm(vm).await.map(drop) },
+    )
+    .await
+}
+
+pub(crate) async fn rename(client: &Client, args: &RenameArgs) -> Result<u8, Failure> {
+    client.rename_vm(&args.vm, args.name.as_str()).await?;
+    Ok(0)
+}
+
+/// Prints the status of each VM, and ends with that of the last one.
+pub(crate) async fn wait(client: &Client, args: &VmsArgs) -> Result<u8, Failure> {
+    let mut answers = stream::iter(&args.vms)
+        .map(|vm| client.wait_vm(vm))
+        .buffered(args.vms.len());
+    let mut last = 0;
+    while let Some(answer) = answers.next().await {
+        let code = answer?.exit.map_or(0, |exit| exit.code);
+        line(&code.to_string())?;
+        last = low_byte(code);
+    }
+    Ok(last)
+}
+
+/// Does the same to each VM, prints the names of those it worked for, and goes on after errors.
+pub(crate) async fn each<'a, F>(vms: &'a [String], act: impl Fn(&'a str) -> F) -> Result<u8, Failure>
+where
+    F: Future<Output = Result<(), ClientError>>,
+{
+    let mut done = stream::iter(vms)
+        .map(|vm| (vm, act(vm)))
+        .map(|(vm, act)| async move { (vm, act.await) })
+        .buffered(AT_ONCE);
+    let mut status = 0;
+    while let Some((vm, result)) = done.next().await {
+        match result {
+            Ok(()) => line(vm)?,
+            Err(e @ ClientError::Unreachable { .. }) => return Err(e.into()),
+            Err(e) => {
+                report_and_go_on(e.into());
+                status = ERROR;
+            }
+        }
+    }
+    Ok(status)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use offshoot_model::{ExitReason, ExitStatus, VmId, VmState};
+
+    #[test]
+    fn ps_looks_like_dockers() {
+        let now = 1_000_000_000;
+        let vm = |id: u8, name: &str, command: &str, state, exit| VmSummary {
+            id: VmId::from_bytes(&[id; 6]),
+            name: name.parse().unwrap(),
+            image: "debian:bookworm".into(),
+            command: command.into(),
+            state,
+            created_ms: now - 3_600_000,
+            started_ms: Some(now - 180_000),
+            finished_ms: Some(now - 5_000),
+            exit,
+        };
+        let exit = ExitStatus {
+            code: 7,
+            reason: ExitReason::MainExited,
+        };
+        let vms = [
+            vm(0xab, "web", "sleep infinity", VmState::Running, None),
+            vm(
+                0x12,
+                "clever-otter",
+                "sh -c 'echo a long command'",
+                VmState::Stopped,
+                Some(exit),
+            ),
+            vm(0x13, "sys", "", VmState::Created, None),
+        ];
+        insta::assert_snapshot!(ps_table(&vms, now, false), @r#"
+        NAME           ID             IMAGE             COMMAND                  CREATED             STATUS
+        web            abababababab   debian:bookworm   "sleep infinity"         About an hour ago   Up 3 minutes
+        clever-otter   121212121212   debian:bookworm   "sh -c 'echo a long …"   About an hour ago   Exited (7) 5 seconds ago
+        sys            131313131313   debian:bookworm   ""                       About an hour ago   Created
+        "#);
+        insta::assert_snapshot!(ps_table(&vms[1..2], now, true), @r#"
+        NAME           ID             IMAGE             COMMAND                         CREATED             STATUS
+        clever-otter   121212121212   debian:bookworm   "sh -c 'echo a long command'"   About an hour ago   Exited (7) 5 seconds ago
+        "#);
+        insta::assert_snapshot!(ps_table(&[], now, false), @r#"
+        NAME   ID   IMAGE   COMMAND   CREATED   STATUS
+        "#);
+    }
+}

@@ -1,0 +1,459 @@
+//! Commands without a session, against a daemon with chosen answers.
+
+use std::io::Read;
+use std::process::Stdio;
+use std::sync::{Arc, Mutex};
+
+use crate::fake::{Fake, answer, image, lines, not_found, now, offshoot, response, text, vm};
+use http_body_util::BodyExt;
+use serde_json::json;
+
+#[test]
+fn without_a_daemon_the_status_is_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("none.sock");
+    for words in [
+        &["ps"][..],
+        &["run", "img"],
+        &["rm", "a", "b"],
+        &["image", "ls"],
+        &["cp", "web:/a", "."],
+        &["exec", "web", "ls"],
+    ] {
+        let output = offshoot(&[&["--socket", socket.to_str().unwrap()], words].concat())
+            .output()
+            .unwrap();
+        let error = text(&output.stderr).replace(socket.to_str().unwrap(), "SOCKET");
+        assert_eq!(output.status.code(), Some(3), "{words:?}: {error}");
+        insta::allow_duplicates! {
+            insta::assert_snapshot!(error, @r#"
+            error: cannot reach the daemon at `SOCKET`
+              caused by: No such file or directory (os error 2)
+            hint: start the daemon: `offshootd`, or name its socket with `--socket` or OFFSHOOT_SOCKET
+            "#);
+        }
+        assert!(output.stdout.is_empty());
+    }
+    let output = offshoot(&["--socket", socket.to_str().unwrap(), "version"])
+        .output()
+        .unwrap();
+    assert!(output.status.success());
+}
+
+#[test]
+fn wrong_words_have_status_2() {
+    for words in [
+        &["run", "--no-such-flag", "img"][..],
+        &["frobnicate"],
+        &["stop"],
+        &["run", "--boot", "warm", "img"],
+    ] {
+        let output = offshoot(words).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "{words:?}");
+        assert!(text(&output.stderr).starts_with("error: "));
+    }
+}
+
+#[test]
+fn errors_of_the_daemon_are_printed_and_the_rest_goes_on() {
+    let fake = Fake::start(|line, _| match line {
+        "POST /v1/vms/good/start" => answer(200, &vm("running")),
+        "POST /v1/vms/bad%2F..%2Fx/start" => answer(
+            409,
+            &json!({"kind": "wrong-state", "message": "cannot start VM `bad`", "causes": ["it runs already"],
+                "hints": ["stop it first: `offshoot stop bad`"]}),
+        ),
+        "GET /v1/vms?all=false" => now(response(500, "<html>")),
+        _ => not_found("no such VM"),
+    });
+    let output = fake.run(&["start", "bad/../x", "good"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(text(&output.stdout), "good\n");
+    insta::assert_snapshot!(text(&output.stderr), @r#"
+    error: cannot start VM `bad`
+      caused by: it runs already
+    hint: stop it first: `offshoot stop bad`
+    "#);
+    let output = fake.run(&["ps"]);
+    assert_eq!(output.status.code(), Some(1));
+    insta::assert_snapshot!(text(&output.stderr), @r#"
+    error: cannot understand or finish the daemon's answer to `GET /v1/vms`
+      caused by: HTTP status 500 without a description
+    hint: compare the versions of client and daemon: `offshoot version`
+    "#);
+}
+
+#[test]
+fn long_work_ends_with_its_result() {
+    let fake = Fake::start(|line, _| {
+        let progress = [
+            json!({"type": "progress", "progress": {"event": "started", "task": 1, "label": "layer", "unit": "bytes", "total": 9}}),
+            json!({"type": "progress", "progress": {"event": "moved", "task": 1, "done": 5}}),
+            json!({"type": "progress", "progress": {"event": "message", "text": "hello"}}),
+        ];
+        let failed = json!({"type": "failed", "error": {"kind": "bad-content", "message": "cannot prepare `bad`",
+            "causes": ["digest mismatch"], "hints": []}});
+        match line {
+            "POST /v1/images/prepare?reference=good" => lines(
+                &[
+                    &progress[..],
+                    &[json!({"type": "done", "result": image("good:latest")})],
+                ]
+                .concat(),
+            ),
+            "POST /v1/images/prepare?reference=bad" => lines(&[&progress[..], &[failed]].concat()),
+            "POST /v1/images/prepare?reference=cut" => lines(&progress),
+            _ => not_found("no such image"),
+        }
+    });
+    let output = fake.run(&["image", "prepare", "good"]);
+    assert_eq!(
+        (output.status.code(), text(&output.stdout), text(&output.stderr)),
+        (Some(0), "good:latest\n", "")
+    );
+    let output = fake.run(&["image", "prepare", "good", "--output", "json"]);
+    assert_eq!(
+        serde_json::from_slice::<serde_json::Value>(&output.stdout).unwrap(),
+        image("good:latest")
+    );
+    let output = fake.run(&["image", "prepare", "bad"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), ""));
+    assert_eq!(
+        text(&output.stderr),
+        "error: cannot prepare `bad`\n  caused by: digest mismatch\n"
+    );
+    let output = fake.run(&["image", "prepare", "cut"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("the answer ended before its result"));
+}
+
+#[test]
+fn an_upload_that_is_refused_early_tells_why() {
+    let fake = Fake::start(|_, _| {
+        answer(
+            422,
+            &json!({"kind": "bad-content", "message": "cannot import the archive", "causes": ["not a tar"], "hints": []}),
+        )
+    });
+    let output = fake.run_with_input(&["image", "import", "--name", "x", "-"], &vec![7; 32 << 20]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        text(&output.stderr),
+        "error: cannot import the archive\n  caused by: not a tar\n"
+    );
+}
+
+#[test]
+fn archives_and_folders_are_sent_whole() {
+    let bodies: Arc<Mutex<Vec<(Option<String>, Vec<u8>)>>> = Arc::default();
+    let seen = Arc::clone(&bodies);
+    let fake = Fake::start(move |_, request| {
+        let seen = Arc::clone(&seen);
+        Box::pin(async move {
+            let length = request
+                .headers()
+                .get("content-length")
+                .map(|value| value.to_str().unwrap().to_owned());
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            seen.lock().unwrap().push((length, body.to_vec()));
+            lines(&[json!({"type": "done", "result": [image("a:1"), image("b:2")]})]).await
+        })
+    });
+    let layout = fake.path("layout");
+    std::fs::create_dir_all(layout.join("blobs/sha256")).unwrap();
+    for (name, data) in [
+        ("oci-layout", "{}"),
+        ("index.json", "{}"),
+        ("blobs/sha256/ab", "blob"),
+        ("unrelated", "x"),
+    ] {
+        std::fs::write(layout.join(name), data).unwrap();
+    }
+    std::fs::write(fake.path("a.tar"), vec![9; 3 << 20]).unwrap();
+    for path in ["layout", "a.tar"] {
+        let output = fake.run(&["image", "import", path, "--prepare=no"]);
+        assert_eq!(
+            (output.status.code(), text(&output.stdout), text(&output.stderr)),
+            (Some(0), "a:1\nb:2\n", "")
+        );
+    }
+    assert_eq!(fake.requests(), ["POST /v1/images/import?prepare=false"; 2]);
+    let bodies = bodies.lock().unwrap();
+    let names: Vec<String> = tar::Archive::new(bodies[0].1.as_slice())
+        .entries()
+        .unwrap()
+        .map(|entry| entry.unwrap().path().unwrap().display().to_string())
+        .collect();
+    assert_eq!(
+        names,
+        [
+            "oci-layout",
+            "index.json",
+            "blobs",
+            "blobs/sha256",
+            "blobs/sha256/ab"
+        ]
+    );
+    assert_eq!(bodies[1], (Some((3 << 20).to_string()), vec![9; 3 << 20]));
+}
+
+#[test]
+fn pulls_bring_the_users_credentials() {
+    let bodies: Arc<Mutex<Vec<serde_json::Value>>> = Arc::default();
+    let seen = Arc::clone(&bodies);
+    let fake = Fake::start(move |_, request| {
+        let seen = Arc::clone(&seen);
+        Box::pin(async move {
+            let body = request.into_body().collect().await.unwrap().to_bytes();
+            seen.lock().unwrap().push(serde_json::from_slice(&body).unwrap());
+            lines(&[json!({"type": "done", "result": image("x")})]).await
+        })
+    });
+    std::fs::create_dir(fake.path("docker")).unwrap();
+    std::fs::write(
+        fake.path("docker/config.json"),
+        r#"{"auths": {"localhost:5000": {"auth": "bWU6c2VjcmV0"}}}"#,
+    )
+    .unwrap();
+    assert!(
+        fake.run(&["image", "pull", "localhost:5000/x", "--platform", "linux/arm64"])
+            .status
+            .success()
+    );
+    assert!(
+        fake.run(&["pull", "other.example/x", "--prepare=no"])
+            .status
+            .success()
+    );
+    assert_eq!(
+        *bodies.lock().unwrap(),
+        [
+            json!({"reference": "localhost:5000/x", "platform": "linux/arm64", "prepare": true,
+                "auth": {"type": "basic", "username": "me", "password": "secret"}}),
+            json!({"reference": "other.example/x", "platform": null, "prepare": false, "auth": null}),
+        ]
+    );
+    std::fs::write(fake.path("docker/config.json"), "{\"auths\": secret").unwrap();
+    let output = fake.run(&["image", "pull", "localhost:5000/x"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(!text(&output.stderr).contains("secret"));
+}
+
+#[test]
+fn logs_keep_the_two_streams_apart() {
+    let fake = Fake::start(|_, _| {
+        let mut frames = bytes::BytesMut::new();
+        offshoot_api::log_frame::encode(offshoot_api::log_frame::LogStream::Stdout, b"out\n", &mut frames);
+        offshoot_api::log_frame::encode(offshoot_api::log_frame::LogStream::Stderr, b"err\n", &mut frames);
+        now(response(200, frames.freeze()))
+    });
+    let output = fake.run(&["logs", "-f", "-n", "5", "-t", "web"]);
+    assert_eq!((text(&output.stdout), text(&output.stderr)), ("out\n", "err\n"));
+    assert_eq!(
+        fake.requests(),
+        ["GET /v1/vms/web/logs?console=false&follow=true&tail=5&timestamps=true"]
+    );
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_program_quietly() {
+    let fake = Fake::start(|_, _| {
+        let mut frames = bytes::BytesMut::new();
+        for _ in 0..200 {
+            offshoot_api::log_frame::encode(
+                offshoot_api::log_frame::LogStream::Stdout,
+                &[b'y'; 60_000],
+                &mut frames,
+            );
+        }
+        now(response(200, frames.freeze()))
+    });
+    let mut child = fake
+        .offshoot(&["logs", "web"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), text(&output.stderr)), (Some(141), ""));
+}
+
+#[test]
+fn wait_ends_with_the_last_status() {
+    let fake = Fake::start(|line, _| match line {
+        "GET /v1/vms/a/wait" => answer(200, &json!({"exit": {"code": 7, "reason": "main-exited"}})),
+        "GET /v1/vms/b/wait" => answer(200, &json!({"exit": {"code": 137, "reason": "killed"}})),
+        _ => answer(200, &json!({"exit": null})),
+    });
+    let output = fake.run(&["wait", "a", "b"]);
+    assert_eq!(
+        (output.status.code(), text(&output.stdout)),
+        (Some(137), "7\n137\n")
+    );
+    assert_eq!(fake.run(&["wait", "never"]).status.code(), Some(0));
+}
+
+fn stat(name: &str, mode: u32, link: &str) -> String {
+    json!({"name": name, "mode": mode, "size": 0, "link_target": link}).to_string()
+}
+
+fn archive(stat: &str, tar: Vec<u8>) -> crate::fake::Answer {
+    let mut response = response(200, tar);
+    response
+        .headers_mut()
+        .insert("x-offshoot-path-stat", stat.parse().unwrap());
+    now(response)
+}
+
+fn tar_of(entries: &[(&str, &str)]) -> Vec<u8> {
+    let mut tar = tar::Builder::new(Vec::new());
+    for (name, data) in entries {
+        let mut header = tar::Header::new_gnu();
+        header.set_mode(0o644);
+        header.set_size(data.len() as u64);
+        if name.ends_with('/') {
+            header.set_entry_type(tar::EntryType::Directory);
+            header.set_mode(0o755);
+        }
+        tar.append_data(&mut header, name, data.as_bytes()).unwrap();
+    }
+    tar.into_inner().unwrap()
+}
+
+#[test]
+fn files_come_out_of_a_guest() {
+    let fake = Fake::start(|line, _| match line {
+        "GET /v1/vms/web/archive?path=%2Fetc%2Fhostname" => {
+            archive(&stat("hostname", 0o100_644, ""), tar_of(&[("hostname", "web\n")]))
+        }
+        "GET /v1/vms/web/archive?path=%2Fsrv" => archive(
+            &stat("srv", 0o040_755, ""),
+            tar_of(&[("srv/", ""), ("srv/a", "A"), ("srv/sub/", ""), ("srv/sub/b", "B")]),
+        ),
+        "GET /v1/vms/web/archive?path=%2Fbin" => archive(&stat("bin", 0o120_777, "srv"), Vec::new()),
+        "GET /v1/vms/web/archive?path=%2Fevil" => {
+            archive(&stat("evil", 0o040_755, ""), tar_of(&[("passwd", "x")]))
+        }
+        _ => not_found("no such path"),
+    });
+    let read = |name: &str| std::fs::read_to_string(fake.path(name)).unwrap();
+    let good = |words: &[&str]| {
+        let output = fake.run(words);
+        assert_eq!(
+            (output.status.code(), text(&output.stderr)),
+            (Some(0), ""),
+            "{words:?}"
+        );
+        output.stdout
+    };
+    good(&["cp", "web:/etc/hostname", "."]);
+    assert_eq!(read("hostname"), "web\n");
+    good(&["cp", "web:etc/hostname", "renamed"]);
+    assert_eq!(read("renamed"), "web\n");
+    good(&["cp", "web:/srv", "new"]);
+    assert_eq!((read("new/a"), read("new/sub/b")), ("A".into(), "B".into()));
+    good(&["cp", "web:/srv", "new"]);
+    assert_eq!(read("new/srv/a"), "A");
+    good(&["cp", "web:/srv/.", "new"]);
+    assert_eq!(read("new/sub/b"), "B");
+    good(&["cp", "web:/bin/.", "through-link"]);
+    assert_eq!(read("through-link/a"), "A");
+    let tar = good(&["cp", "web:/etc/hostname", "-"]);
+    assert_eq!(tar::Archive::new(tar.as_slice()).entries().unwrap().count(), 1);
+    for (words, why) in [
+        (["cp", "web:/etc/hostname", "missing/"], "does not exist"),
+        (["cp", "web:/srv", "hostname"], "cannot replace a file"),
+        (["cp", "web:/evil", "."], "outside of what was asked for"),
+        (["cp", "web:/nothing", "."], "no such path"),
+        (["cp", "web:/srv", "a/b/c"], "cannot copy to the folder"),
+        (["cp", "hostname", "renamed"], "neither side"),
+        (["cp", "web:/a", "db:/b"], "from one VM to another"),
+    ] {
+        let output = fake.run(&words);
+        assert_eq!(output.status.code(), Some(1), "{words:?}");
+        assert!(
+            text(&output.stderr).contains(why),
+            "{words:?}: {}",
+            text(&output.stderr)
+        );
+    }
+    assert!(!fake.path("passwd").exists());
+}
+
+#[test]
+fn files_go_into_a_guest() {
+    let puts: Arc<Mutex<Vec<(String, Vec<String>)>>> = Arc::default();
+    let seen = Arc::clone(&puts);
+    let fake = Fake::start(move |line, request| {
+        let (line, seen) = (line.to_owned(), Arc::clone(&seen));
+        match line.as_str() {
+            "GET /v1/vms/web/archive?path=%2Fsrv" => archive(&stat("srv", 0o040_755, ""), Vec::new()),
+            "GET /v1/vms/web/archive?path=%2Flink" => archive(&stat("link", 0o120_777, "srv"), Vec::new()),
+            "GET /v1/vms/web/archive?path=%2Fetc%2Fmotd" => archive(&stat("motd", 0o100_644, ""), Vec::new()),
+            put if put.starts_with("PUT ") => Box::pin(async move {
+                let body = request.into_body().collect().await.unwrap().to_bytes();
+                let mut archive = tar::Archive::new(&body[..]);
+                let names = archive
+                    .entries()
+                    .unwrap()
+                    .map(|e| e.unwrap().path().unwrap().display().to_string())
+                    .collect();
+                seen.lock()
+                    .unwrap()
+                    .push((line.split_once("path=").unwrap().1.to_owned(), names));
+                answer(200, &json!({"files": 1})).await
+            }),
+            _ => not_found("no such path"),
+        }
+    });
+    std::fs::create_dir_all(fake.path("dir/sub")).unwrap();
+    std::fs::write(fake.path("dir/sub/b"), "B").unwrap();
+    std::fs::write(fake.path("file"), "F").unwrap();
+    let mut expected: Vec<(String, Vec<String>)> = Vec::new();
+    for (source, destination, folder, names) in [
+        ("file", "web:/srv", "%2Fsrv", &["file"][..]),
+        ("file", "web:/srv/", "%2Fsrv", &["file"]),
+        ("file", "web:/link", "%2Fsrv", &["file"]),
+        ("file", "web:/etc/motd", "%2Fetc", &["motd"]),
+        ("file", "web:/etc/new", "%2Fetc", &["new"]),
+        ("dir", "web:/srv", "%2Fsrv", &["dir", "dir/sub", "dir/sub/b"]),
+        ("dir/.", "web:/srv", "%2Fsrv", &["sub", "sub/b"]),
+        ("dir", "web:/srv/new", "%2Fsrv", &["new", "new/sub", "new/sub/b"]),
+    ] {
+        let output = fake.run(&["cp", source, destination]);
+        assert_eq!(
+            (output.status.code(), text(&output.stderr)),
+            (Some(0), ""),
+            "{source} {destination}"
+        );
+        expected.push((folder.into(), names.iter().map(ToString::to_string).collect()));
+    }
+    let output = fake.run_with_input(&["cp", "-", "web:/srv"], &tar_of(&[("x", "X")]));
+    assert!(output.status.success());
+    expected.push(("%2Fsrv".into(), vec!["x".into()]));
+    assert_eq!(*puts.lock().unwrap(), expected);
+    for words in [
+        ["cp", "dir", "web:/etc/motd"],
+        ["cp", "file", "web:/etc/new/"],
+        ["cp", "missing", "web:/srv"],
+    ] {
+        assert_eq!(fake.run(&words).status.code(), Some(1), "{words:?}");
+    }
+}
+
+#[test]
+fn completions_are_written() {
+    for shell in ["bash", "zsh", "fish"] {
+        let mut child = offshoot(&["completion", shell])
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut script = String::new();
+        child.stdout.take().unwrap().read_to_string(&mut script).unwrap();
+        assert!(
+            child.wait().unwrap().success() && script.contains("bootstrap"),
+            "{shell}"
+        );
+    }
+}

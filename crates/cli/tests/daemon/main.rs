@@ -1,0 +1,5 @@
+//! The program as a process of its own, against a daemon with chosen answers.
+
+mod commands;
+mod fake;
+mod sessions;
