@@ -317,7 +317,7 @@ impl LaunchPlan {
                 most: MAX_CPUS,
             });
         }
-        if self.memory < MIN_MEMORY || self.memory.bytes() % (1 << 20) != 0 {
+        if self.memory < MIN_MEMORY || !self.memory.bytes().is_multiple_of(1 << 20) {
             return Err(PlanError::Memory {
                 given: self.memory,
                 least: MIN_MEMORY,
@@ -420,7 +420,7 @@ impl LaunchPlan {
             }
         }
         for PmemPlan { size, .. } in &self.pmems {
-            if size.bytes() == 0 || size.bytes() % PmemPlan::ALIGNMENT.bytes() != 0 {
+            if size.bytes() == 0 || !size.bytes().is_multiple_of(PmemPlan::ALIGNMENT.bytes()) {
                 return Err(PlanError::PmemSize {
                     given: *size,
                     unit: PmemPlan::ALIGNMENT,
@@ -541,7 +541,7 @@ pub(crate) mod tests {
                 p.shares.push(SharePlan {
                     tag: "a b".into(),
                     socket: "/s".into(),
-                })
+                });
             },
             "share tag",
         );
@@ -550,7 +550,7 @@ pub(crate) mod tests {
                 p.shares.push(SharePlan {
                     tag: "a".into(),
                     socket: "s".into(),
-                })
+                });
             },
             "share socket",
         );

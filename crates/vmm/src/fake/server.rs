@@ -53,6 +53,10 @@ pub fn serve(arguments: Arguments, behaviour: Behaviour) -> io::Result<i32> {
     let after = |wait: Option<Duration>, act: fn(&Fake)| {
         if let Some(wait) = wait {
             let fake = Arc::clone(&fake);
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "the time is what the fake is told to let pass"
+            )]
             std::thread::spawn(move || {
                 std::thread::sleep(wait);
                 act(&fake);

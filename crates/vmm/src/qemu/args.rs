@@ -266,8 +266,11 @@ mod tests {
     use crate::plan::tests::bare_plan;
     use crate::plan::{DiskPlan, Mac, NetPlan, PmemPlan, SharePlan};
 
-    /// The options of an encoded command line, each with its parsed value.
-    fn options(plan: &LaunchPlan) -> Vec<(String, Vec<(Option<String>, OsString)>)> {
+    /// An option and its parsed value.
+    type ParsedOption = (String, Vec<(Option<String>, OsString)>);
+
+    /// The options of an encoded command line.
+    fn options(plan: &LaunchPlan) -> Vec<ParsedOption> {
         let words = command_line(plan, &debian_12()).unwrap().encode().unwrap();
         let mut words = words.into_iter().peekable();
         let mut out = Vec::new();
@@ -288,11 +291,7 @@ mod tests {
         out
     }
 
-    fn value_of(
-        options: &[(String, Vec<(Option<String>, OsString)>)],
-        option: &str,
-        key: &str,
-    ) -> Vec<OsString> {
+    fn value_of(options: &[ParsedOption], option: &str, key: &str) -> Vec<OsString> {
         let lists = options.iter().filter(|(name, _)| name == option);
         let pairs = lists.flat_map(|(_, pairs)| pairs);
         pairs

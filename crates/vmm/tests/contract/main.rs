@@ -203,6 +203,10 @@ fn wait_until_shutdown(control: &Path) {
         if answer.unwrap().unwrap().contains("shutdown") {
             return;
         }
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "between two questions about the state that is waited for"
+        )]
         std::thread::sleep(Duration::from_millis(10));
     }
 }
