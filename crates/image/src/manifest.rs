@@ -279,33 +279,57 @@ fn json<'a, T: Deserialize<'a>>(what: &'static str, bytes: &'a [u8]) -> Result<T
 }
 
 fn blob(what: &'static str, descriptor: &oci_spec::image::Descriptor) -> Result<Blob, ManifestError> {
-    let digest =
-        descriptor.digest().to_string().parse().map_err(|source| ManifestError::Digest { what, source })?;
-    Ok(Blob { digest, size: descriptor.size() })
+    let digest = descriptor
+        .digest()
+        .to_string()
+        .parse()
+        .map_err(|source| ManifestError::Digest { what, source })?;
+    Ok(Blob {
+        digest,
+        size: descriptor.size(),
+    })
 }
 
 impl Document {
     /// Reads a manifest or an index; which of them it is shows in its shape, and its media type must agree.
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() as u64 > MANIFEST_LIMIT {
-            return Err(ManifestError::TooLarge { what: "manifest", limit: MANIFEST_LIMIT });
+            return Err(ManifestError::TooLarge {
+                what: "manifest",
+                limit: MANIFEST_LIMIT,
+            });
         }
         let probe: Probe = json("manifest", bytes)?;
         match probe.schema_version {
             Some(2) => {}
-            version => return Err(ManifestError::SchemaVersion { version: version.unwrap_or_default() }),
+            version => {
+                return Err(ManifestError::SchemaVersion {
+                    version: version.unwrap_or_default(),
+                });
+            }
         }
         let is_manifest = probe.layers.is_some() || probe.config.is_some();
         if is_manifest == probe.manifests.is_some() {
             return Err(ManifestError::Ambiguous);
         }
-        let media_types = if is_manifest { [OCI_MANIFEST, DOCKER_MANIFEST] } else { [OCI_INDEX, DOCKER_INDEX] };
+        let media_types = if is_manifest {
+            [OCI_MANIFEST, DOCKER_MANIFEST]
+        } else {
+            [OCI_INDEX, DOCKER_INDEX]
+        };
         if let Some(media_type) = probe.media_type
             && !media_types.contains(&media_type.as_str())
         {
-            return Err(ManifestError::MediaType { what: "manifest", media_type });
+            return Err(ManifestError::MediaType {
+                what: "manifest",
+                media_type,
+            });
         }
-        if is_manifest { Manifest::parse(bytes).map(Self::Manifest) } else { parse_index(bytes).map(Self::Index) }
+        if is_manifest {
+            Manifest::parse(bytes).map(Self::Manifest)
+        } else {
+            parse_index(bytes).map(Self::Index)
+        }
     }
 }
 
@@ -336,23 +360,37 @@ impl Manifest {
         let manifest: oci_spec::image::ImageManifest = json("manifest", bytes)?;
         let config_type = manifest.config().media_type().to_string();
         if ![OCI_CONFIG, DOCKER_CONFIG].contains(&config_type.as_str()) {
-            return Err(ManifestError::MediaType { what: "config", media_type: config_type });
+            return Err(ManifestError::MediaType {
+                what: "config",
+                media_type: config_type,
+            });
         }
         let config = blob("manifest", manifest.config())?;
         if config.size > CONFIG_LIMIT {
-            return Err(ManifestError::TooLarge { what: "config", limit: CONFIG_LIMIT });
+            return Err(ManifestError::TooLarge {
+                what: "config",
+                limit: CONFIG_LIMIT,
+            });
         }
         if manifest.layers().len() > MAX_LAYERS {
-            return Err(ManifestError::TooManyLayers { count: manifest.layers().len() });
+            return Err(ManifestError::TooManyLayers {
+                count: manifest.layers().len(),
+            });
         }
         let layers = manifest.layers().iter().map(|layer| {
             let media_type = layer.media_type().to_string();
             match Compression::of_media_type(&media_type) {
                 Some(compression) => Ok((blob("manifest", layer)?, compression)),
-                None => Err(ManifestError::MediaType { what: "layer", media_type }),
+                None => Err(ManifestError::MediaType {
+                    what: "layer",
+                    media_type,
+                }),
             }
         });
-        Ok(Self { config, layers: layers.collect::<Result<_, _>>()? })
+        Ok(Self {
+            config,
+            layers: layers.collect::<Result<_, _>>()?,
+        })
     }
 }
 
@@ -369,13 +407,19 @@ pub(crate) struct Config {
 impl Config {
     pub(crate) fn parse(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() as u64 > CONFIG_LIMIT {
-            return Err(ManifestError::TooLarge { what: "config", limit: CONFIG_LIMIT });
+            return Err(ManifestError::TooLarge {
+                what: "config",
+                limit: CONFIG_LIMIT,
+            });
         }
         let config: oci_spec::image::ImageConfiguration = json("config", bytes)?;
         let diff_ids = config.rootfs().diff_ids().iter().map(|id| id.parse::<Digest>());
         let diff_ids = diff_ids
             .collect::<Result<Vec<_>, _>>()
-            .map_err(|source| ManifestError::Digest { what: "config", source })?;
+            .map_err(|source| ManifestError::Digest {
+                what: "config",
+                source,
+            })?;
         let run = config.config().clone().unwrap_or_default();
         Ok(Self {
             platform: Platform {
@@ -388,7 +432,12 @@ impl Config {
             run: ImageConfig {
                 entrypoint: run.entrypoint().clone().unwrap_or_default(),
                 cmd: run.cmd().clone().unwrap_or_default(),
-                env: run.env().iter().flatten().filter_map(|text| env_var(text)).collect(),
+                env: run
+                    .env()
+                    .iter()
+                    .flatten()
+                    .filter_map(|text| env_var(text))
+                    .collect(),
                 working_dir: run.working_dir().clone().unwrap_or_default(),
                 user: run.user().clone().unwrap_or_default(),
                 stop_signal: run.stop_signal().clone().unwrap_or_default(),
@@ -411,7 +460,13 @@ impl StoredImage {
     /// Reads manifest and config from the store and checks that they belong together. The layers are not looked at.
     pub fn load(store: &BlobStore, digest: &Digest) -> Result<Self, ManifestError> {
         let read = |what, digest: &Digest, limit| {
-            store.read_small(digest, limit).map_err(|source| ManifestError::Blob { what, digest: *digest, source })
+            store
+                .read_small(digest, limit)
+                .map_err(|source| ManifestError::Blob {
+                    what,
+                    digest: *digest,
+                    source,
+                })
         };
         let bytes = read("manifest", digest, MANIFEST_LIMIT)?;
         let Document::Manifest(manifest) = Document::parse(&bytes)? else {
@@ -430,8 +485,15 @@ impl StoredImage {
     ) -> Result<Self, ManifestError> {
         let actual = config_bytes.len() as u64;
         if actual != manifest.config.size {
-            let Blob { digest, size: expected } = manifest.config;
-            return Err(ManifestError::ConfigSize { digest, expected, actual });
+            let Blob {
+                digest,
+                size: expected,
+            } = manifest.config;
+            return Err(ManifestError::ConfigSize {
+                digest,
+                expected,
+                actual,
+            });
         }
         let config = Config::parse(config_bytes)?;
         if manifest.layers.len() != config.diff_ids.len() {
@@ -440,12 +502,16 @@ impl StoredImage {
                 diff_ids: config.diff_ids.len(),
             });
         }
-        let layers = manifest.layers.iter().zip(&config.diff_ids).map(|((blob, compression), diff_id)| StoredLayer {
-            digest: blob.digest,
-            size: blob.size,
-            diff_id: *diff_id,
-            compression: *compression,
-        });
+        let layers = manifest
+            .layers
+            .iter()
+            .zip(&config.diff_ids)
+            .map(|((blob, compression), diff_id)| StoredLayer {
+                digest: blob.digest,
+                size: blob.size,
+                diff_id: *diff_id,
+                compression: *compression,
+            });
         Ok(Self {
             digest,
             manifest_size,
@@ -462,13 +528,19 @@ impl StoredImage {
 
     /// The bytes of all its blobs; a layer that occurs twice counts once.
     pub fn size(&self) -> u64 {
-        let layers: BTreeMap<_, _> = self.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+        let layers: BTreeMap<_, _> = self
+            .layers
+            .iter()
+            .map(|layer| (layer.digest, layer.size))
+            .collect();
         self.manifest_size + self.config_size + layers.values().sum::<u64>()
     }
 
     /// Every blob it needs: manifest, config, layers.
     pub fn blobs(&self) -> impl Iterator<Item = Digest> + '_ {
-        [self.digest, self.config_digest].into_iter().chain(self.layers.iter().map(|layer| layer.digest))
+        [self.digest, self.config_digest]
+            .into_iter()
+            .chain(self.layers.iter().map(|layer| layer.digest))
     }
 }
 
@@ -513,8 +585,11 @@ impl NewImage {
             config["created"] = created.as_str().into();
             config["history"][0]["created"] = created.as_str().into();
         }
-        let texts =
-            [("WorkingDir", &run.working_dir), ("User", &run.user), ("StopSignal", &run.stop_signal)];
+        let texts = [
+            ("WorkingDir", &run.working_dir),
+            ("User", &run.user),
+            ("StopSignal", &run.stop_signal),
+        ];
         for (key, value) in texts.into_iter().filter(|(_, value)| !value.is_empty()) {
             config["config"][key] = value.as_str().into();
         }
@@ -525,9 +600,20 @@ impl NewImage {
             config["config"]["Labels"] = serde_json::json!(self.labels);
         }
         let config = config.to_string();
-        let digest =
-            store.put(config.as_bytes()).map_err(|source| ManifestError::Store { what: "config", source })?;
-        write_manifest(store, Blob { digest, size: config.len() as u64 }, &self.layers)
+        let digest = store
+            .put(config.as_bytes())
+            .map_err(|source| ManifestError::Store {
+                what: "config",
+                source,
+            })?;
+        write_manifest(
+            store,
+            Blob {
+                digest,
+                size: config.len() as u64,
+            },
+            &self.layers,
+        )
     }
 }
 
@@ -553,7 +639,12 @@ pub(crate) fn write_manifest(
         "config": { "mediaType": OCI_CONFIG, "digest": config.digest, "size": config.size },
         "layers": layers,
     });
-    store.put(manifest.to_string().as_bytes()).map_err(|source| ManifestError::Store { what: "manifest", source })
+    store
+        .put(manifest.to_string().as_bytes())
+        .map_err(|source| ManifestError::Store {
+            what: "manifest",
+            source,
+        })
 }
 
 #[cfg(test)]
@@ -569,7 +660,12 @@ mod tests {
     fn new_image(store: &BlobStore) -> NewImage {
         let layer = |text: &[u8], compression| {
             let digest = store.put(text).unwrap();
-            StoredLayer { digest, size: text.len() as u64, diff_id: digest, compression }
+            StoredLayer {
+                digest,
+                size: text.len() as u64,
+                diff_id: digest,
+                compression,
+            }
         };
         NewImage {
             config: ImageConfig {
@@ -597,14 +693,24 @@ mod tests {
         let (_dir, store) = store();
         let new = new_image(&store);
         let digest = new.store(&store).unwrap();
-        assert_eq!(new.store(&store).unwrap(), digest, "the same image twice is one image");
+        assert_eq!(
+            new.store(&store).unwrap(),
+            digest,
+            "the same image twice is one image"
+        );
         let image = StoredImage::load(&store, &digest).unwrap();
         assert_eq!(image.config, new.config);
         assert_eq!(image.layers, new.layers);
         assert_eq!(image.labels, new.labels);
-        assert_eq!((image.os.as_str(), image.architecture.as_str()), ("linux", "arm64"));
+        assert_eq!(
+            (image.os.as_str(), image.architecture.as_str()),
+            ("linux", "arm64")
+        );
         assert_eq!(image.created.as_deref(), Some("2024-01-02T03:04:05Z"));
-        assert_eq!(image.size(), store.list().unwrap().iter().map(|(_, size)| size).sum::<u64>());
+        assert_eq!(
+            image.size(),
+            store.list().unwrap().iter().map(|(_, size)| size).sum::<u64>()
+        );
         assert!(image.blobs().all(|blob| store.contains(&blob)));
     }
 
@@ -628,30 +734,64 @@ mod tests {
             (OCI_CONFIG, "application/vnd.oci.image.layer.v1.tar+gzip"),
             (DOCKER_CONFIG, "application/vnd.docker.image.rootfs.diff.tar.gzip"),
         ] {
-            let Ok(Document::Manifest(manifest)) = read(&manifest_json(config, layer)) else { panic!("{config}") };
-            assert_eq!(manifest.config, Blob { digest: digest(1), size: 3 });
-            assert_eq!(manifest.layers, [(Blob { digest: digest(2), size: 5 }, Compression::Gzip)]);
+            let Ok(Document::Manifest(manifest)) = read(&manifest_json(config, layer)) else {
+                panic!("{config}")
+            };
+            assert_eq!(
+                manifest.config,
+                Blob {
+                    digest: digest(1),
+                    size: 3
+                }
+            );
+            assert_eq!(
+                manifest.layers,
+                [(
+                    Blob {
+                        digest: digest(2),
+                        size: 5
+                    },
+                    Compression::Gzip
+                )]
+            );
         }
         let refuse = |text: &str| read(text).err().unwrap_or_else(|| panic!("{text}"));
         assert!(matches!(
-            refuse(&manifest_json("application/vnd.cncf.helm.config.v1+json", OCI_LAYER)),
+            refuse(&manifest_json(
+                "application/vnd.cncf.helm.config.v1+json",
+                OCI_LAYER
+            )),
             ManifestError::MediaType { what: "config", .. }
         ));
         assert!(matches!(
-            refuse(&manifest_json(OCI_CONFIG, "application/vnd.oci.image.layer.v1.tar+gzip+encrypted")),
+            refuse(&manifest_json(
+                OCI_CONFIG,
+                "application/vnd.oci.image.layer.v1.tar+gzip+encrypted"
+            )),
             ManifestError::MediaType { what: "layer", .. }
         ));
         assert!(matches!(refuse("{"), ManifestError::Json { .. }));
         assert!(matches!(refuse("[]"), ManifestError::Json { .. }));
-        assert!(matches!(refuse(r#"{"schemaVersion":1,"layers":[]}"#), ManifestError::SchemaVersion { version: 1 }));
-        assert!(matches!(refuse(r#"{"layers":[]}"#), ManifestError::SchemaVersion { version: 0 }));
-        assert!(matches!(refuse(r#"{"schemaVersion":2}"#), ManifestError::Ambiguous));
+        assert!(matches!(
+            refuse(r#"{"schemaVersion":1,"layers":[]}"#),
+            ManifestError::SchemaVersion { version: 1 }
+        ));
+        assert!(matches!(
+            refuse(r#"{"layers":[]}"#),
+            ManifestError::SchemaVersion { version: 0 }
+        ));
+        assert!(matches!(
+            refuse(r#"{"schemaVersion":2}"#),
+            ManifestError::Ambiguous
+        ));
         assert!(matches!(
             refuse(r#"{"schemaVersion":2,"layers":[],"manifests":[]}"#),
             ManifestError::Ambiguous
         ));
         assert!(matches!(
-            refuse(&format!(r#"{{"schemaVersion":2,"mediaType":"{OCI_MANIFEST}","manifests":[]}}"#)),
+            refuse(&format!(
+                r#"{{"schemaVersion":2,"mediaType":"{OCI_MANIFEST}","manifests":[]}}"#
+            )),
             ManifestError::MediaType { what: "manifest", .. }
         ));
         let sha512 = manifest_json(OCI_CONFIG, OCI_LAYER)
@@ -665,7 +805,10 @@ mod tests {
             "config": { "mediaType": OCI_CONFIG, "digest": digest(1), "size": 3 },
             "layers": vec![layer; MAX_LAYERS + 1],
         });
-        assert!(matches!(refuse(&many.to_string()), ManifestError::TooManyLayers { .. }));
+        assert!(matches!(
+            refuse(&many.to_string()),
+            ManifestError::TooManyLayers { .. }
+        ));
     }
 
     #[test]
@@ -680,7 +823,9 @@ mod tests {
                 { "mediaType": "application/x-other", "digest": digest(3), "size": 5 },
             ],
         });
-        let Ok(Document::Index(entries)) = Document::parse(index.to_string().as_bytes()) else { panic!() };
+        let Ok(Document::Index(entries)) = Document::parse(index.to_string().as_bytes()) else {
+            panic!()
+        };
         assert_eq!(entries.len(), 2);
         assert_eq!(entries[0].platform, Some("linux/arm64/v8".parse().unwrap()));
         assert_eq!(entries[1].annotations["a"], "b");
@@ -691,16 +836,41 @@ mod tests {
         let (_dir, store) = store();
         let new = new_image(&store);
         let image = StoredImage::load(&store, &new.store(&store).unwrap()).unwrap();
-        let config = Blob { digest: image.config_digest, size: image.config_size };
+        let config = Blob {
+            digest: image.config_digest,
+            size: image.config_size,
+        };
 
         let fewer = write_manifest(&store, config, &new.layers[..1]).unwrap();
         assert!(matches!(
             StoredImage::load(&store, &fewer),
-            Err(ManifestError::LayerCount { layers: 1, diff_ids: 3 })
+            Err(ManifestError::LayerCount {
+                layers: 1,
+                diff_ids: 3
+            })
         ));
-        let longer = write_manifest(&store, Blob { size: config.size + 1, ..config }, &new.layers).unwrap();
-        assert!(matches!(StoredImage::load(&store, &longer), Err(ManifestError::ConfigSize { .. })));
-        let missing = write_manifest(&store, Blob { digest: digest(9), ..config }, &new.layers).unwrap();
+        let longer = write_manifest(
+            &store,
+            Blob {
+                size: config.size + 1,
+                ..config
+            },
+            &new.layers,
+        )
+        .unwrap();
+        assert!(matches!(
+            StoredImage::load(&store, &longer),
+            Err(ManifestError::ConfigSize { .. })
+        ));
+        let missing = write_manifest(
+            &store,
+            Blob {
+                digest: digest(9),
+                ..config
+            },
+            &new.layers,
+        )
+        .unwrap();
         let error = StoredImage::load(&store, &missing).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(!error.hints().is_empty());

@@ -45,7 +45,11 @@ impl Platform {
             "loongarch64" => "loong64",
             other => other,
         };
-        Self { os: "linux".into(), architecture: architecture.into(), variant: None }
+        Self {
+            os: "linux".into(),
+            architecture: architecture.into(),
+            variant: None,
+        }
     }
 
     /// The platform that `text` names, or this machine's where there is no text.
@@ -70,7 +74,10 @@ impl FromStr for Platform {
     fn from_str(text: &str) -> Result<Self, PlatformError> {
         let parts: Vec<&str> = text.split('/').collect();
         let valid = |part: &&str| {
-            !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
+            !part.is_empty()
+                && part
+                    .bytes()
+                    .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.'))
         };
         match parts.as_slice() {
             [os, architecture, variant @ ..] if variant.len() <= 1 && parts.iter().all(valid) => Ok(Self {
@@ -78,7 +85,9 @@ impl FromStr for Platform {
                 architecture: (*architecture).to_owned(),
                 variant: variant.first().map(ToString::to_string),
             }),
-            _ => Err(PlatformError { text: text.chars().take(80).collect() }),
+            _ => Err(PlatformError {
+                text: text.chars().take(80).collect(),
+            }),
         }
     }
 }
@@ -102,7 +111,15 @@ mod tests {
         for good in ["linux/amd64", "linux/arm64/v8", "windows/amd64"] {
             assert_eq!(good.parse::<Platform>().unwrap().to_string(), good);
         }
-        for bad in ["", "linux", "linux/", "/amd64", "linux/arm/v7/x", "linux/am d64", "linux/../x/y"] {
+        for bad in [
+            "",
+            "linux",
+            "linux/",
+            "/amd64",
+            "linux/arm/v7/x",
+            "linux/am d64",
+            "linux/../x/y",
+        ] {
             assert!(bad.parse::<Platform>().is_err(), "{bad}");
         }
         let check = |wanted: &str, offered: &str, expected: bool| {

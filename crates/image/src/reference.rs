@@ -60,7 +60,9 @@ impl Explain for ReferenceError {
         if name.bytes().any(|b| b.is_ascii_uppercase()) {
             return vec![format!("image names are lower-case: `{}`", text.to_lowercase())];
         }
-        vec!["write [REGISTRY/]NAME[:TAG][@DIGEST], such as debian:bookworm or localhost:5000/tool:1.2".into()]
+        vec![
+            "write [REGISTRY/]NAME[:TAG][@DIGEST], such as debian:bookworm or localhost:5000/tool:1.2".into(),
+        ]
     }
 }
 
@@ -116,7 +118,10 @@ impl ImageReference {
 
     /// Whether the registry is this machine, where plain HTTP is what registries speak.
     pub fn is_loopback(&self) -> bool {
-        let host = self.registry().rsplit_once(':').map_or(self.registry(), |(host, _)| host);
+        let host = self
+            .registry()
+            .rsplit_once(':')
+            .map_or(self.registry(), |(host, _)| host);
         host == "localhost"
             || host.ends_with(".localhost")
             || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
@@ -132,7 +137,10 @@ impl FromStr for ImageReference {
 
     fn from_str(text: &str) -> Result<Self, ReferenceError> {
         use oci_spec::distribution::{ParseError, Reference};
-        let form = |source| ReferenceError::Form { text: shorten(text), source };
+        let form = |source| ReferenceError::Form {
+            text: shorten(text),
+            source,
+        };
         if text.len() > MAX_LENGTH {
             return Err(form(ParseError::NameTooLong));
         }
@@ -141,7 +149,10 @@ impl FromStr for ImageReference {
             .digest()
             .map(str::parse::<Digest>)
             .transpose()
-            .map_err(|source| ReferenceError::Digest { text: shorten(text), source })?;
+            .map_err(|source| ReferenceError::Digest {
+                text: shorten(text),
+                source,
+            })?;
         let name = text.split(['@', ':']).next().unwrap_or_default();
         if name.len() == 64 && name.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(ReferenceError::LooksLikeId { text: shorten(text) });
@@ -186,14 +197,38 @@ mod tests {
             assert_eq!(reference.short(), short, "{text}");
         };
         check("debian", "docker.io/library/debian:latest", "debian:latest");
-        check("debian:bookworm", "docker.io/library/debian:bookworm", "debian:bookworm");
-        check("docker.io/debian", "docker.io/library/debian:latest", "debian:latest");
-        check("index.docker.io/library/debian", "docker.io/library/debian:latest", "debian:latest");
+        check(
+            "debian:bookworm",
+            "docker.io/library/debian:bookworm",
+            "debian:bookworm",
+        );
+        check(
+            "docker.io/debian",
+            "docker.io/library/debian:latest",
+            "debian:latest",
+        );
+        check(
+            "index.docker.io/library/debian",
+            "docker.io/library/debian:latest",
+            "debian:latest",
+        );
         check("owner/tool:1", "docker.io/owner/tool:1", "owner/tool:1");
-        check("docker.io/library/a/b", "docker.io/library/a/b:latest", "library/a/b:latest");
+        check(
+            "docker.io/library/a/b",
+            "docker.io/library/a/b:latest",
+            "library/a/b:latest",
+        );
         check("localhost/x", "localhost/x:latest", "localhost/x:latest");
-        check("localhost:5000/x", "localhost:5000/x:latest", "localhost:5000/x:latest");
-        check("127.0.0.1:5000/a/b:c", "127.0.0.1:5000/a/b:c", "127.0.0.1:5000/a/b:c");
+        check(
+            "localhost:5000/x",
+            "localhost:5000/x:latest",
+            "localhost:5000/x:latest",
+        );
+        check(
+            "127.0.0.1:5000/a/b:c",
+            "127.0.0.1:5000/a/b:c",
+            "127.0.0.1:5000/a/b:c",
+        );
         check("ghcr.io/o/t", "ghcr.io/o/t:latest", "ghcr.io/o/t:latest");
         check(
             &format!("debian@{digest}"),
@@ -211,7 +246,20 @@ mod tests {
     fn what_is_no_reference_is_refused_with_a_hint() {
         let id = "ab".repeat(32);
         for bad in [
-            "", ":", "@", "Debian", "a b", "../x", "/x", "x/", "-x", "x:", "x:a/b", "x@sha256:ab", "a\nb", "http://x/y",
+            "",
+            ":",
+            "@",
+            "Debian",
+            "a b",
+            "../x",
+            "/x",
+            "x/",
+            "-x",
+            "x:",
+            "x:a/b",
+            "x@sha256:ab",
+            "a\nb",
+            "http://x/y",
             &format!("x@sha512:{}", "ab".repeat(64)),
             &format!("x@sha256:{}", "AB".repeat(32)),
             &id,
@@ -219,8 +267,14 @@ mod tests {
             &"a".repeat(300),
             &"a/".repeat(3000),
         ] {
-            let error = bad.parse::<ImageReference>().err().unwrap_or_else(|| panic!("{bad:?}"));
-            assert!(!error.hints().is_empty() && !error.to_string().contains('\n'), "{error}");
+            let error = bad
+                .parse::<ImageReference>()
+                .err()
+                .unwrap_or_else(|| panic!("{bad:?}"));
+            assert!(
+                !error.hints().is_empty() && !error.to_string().contains('\n'),
+                "{error}"
+            );
         }
         let hints = "Debian:Bookworm".parse::<ImageReference>().unwrap_err().hints();
         assert_eq!(hints, ["image names are lower-case: `debian:bookworm`"]);
@@ -238,7 +292,11 @@ mod tests {
             ("127.0.0.1.example.com/x", false),
             ("10.0.0.1:5000/x", false),
         ] {
-            assert_eq!(text.parse::<ImageReference>().unwrap().is_loopback(), expected, "{text}");
+            assert_eq!(
+                text.parse::<ImageReference>().unwrap().is_loopback(),
+                expected,
+                "{text}"
+            );
         }
     }
 

@@ -30,7 +30,11 @@ impl TestStore {
         while let Some(folder) = folders.pop() {
             for entry in std::fs::read_dir(folder).unwrap() {
                 let path = entry.unwrap().path();
-                if path.is_dir() { folders.push(path) } else { files.push(path) }
+                if path.is_dir() {
+                    folders.push(path);
+                } else {
+                    files.push(path);
+                }
             }
         }
         files
@@ -38,7 +42,10 @@ impl TestStore {
 
     /// An image of one uncompressed layer with a file of `size` bytes that do not compress.
     pub(crate) fn image(&self, size: usize, platform: Option<&str>) -> StoredImage {
-        let options = ImportOptions { platform: platform.map(str::to_owned), ..ImportOptions::default() };
+        let options = ImportOptions {
+            platform: platform.map(str::to_owned),
+            ..ImportOptions::default()
+        };
         let bytes = tar(&[("etc/name", b"x"), ("usr/noise", &noise(size))]);
         let images = import(&self.blobs, bytes.as_slice(), &options, &Progress::silent()).unwrap();
         StoredImage::load(&self.blobs, &images[0].digest).unwrap()
@@ -62,7 +69,11 @@ impl TestStore {
         std::fs::write(dir.join("index.json"), index.to_string()).unwrap();
         std::fs::write(dir.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
         for (digest, _) in self.blobs.list().unwrap() {
-            std::fs::copy(self.blobs.path(&digest), dir.join("blobs/sha256").join(digest.hex())).unwrap();
+            std::fs::copy(
+                self.blobs.path(&digest),
+                dir.join("blobs/sha256").join(digest.hex()),
+            )
+            .unwrap();
         }
     }
 }
@@ -109,7 +120,12 @@ pub(crate) fn digest_of(bytes: &[u8]) -> Digest {
 
 /// Whether a program that a test cannot do without is missing; says so.
 pub(crate) fn skip_without(program: &str) -> bool {
-    let missing = Command::new(program).arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_err();
+    let missing = Command::new(program)
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_err();
     if missing {
         let mut stderr = std::io::stderr();
         writeln!(stderr, "SKIPPED: {program} is not installed").unwrap();
@@ -119,11 +135,18 @@ pub(crate) fn skip_without(program: &str) -> bool {
 
 pub(crate) fn run(program: &str, arguments: &[&str]) {
     let output = Command::new(program).args(arguments).output().unwrap();
-    assert!(output.status.success(), "{program} {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{program} {arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 pub(crate) fn skopeo_copy(arguments: &[&str]) {
-    run("skopeo", &[&["--insecure-policy", "copy", "--quiet"], arguments].concat());
+    run(
+        "skopeo",
+        &[&["--insecure-policy", "copy", "--quiet"], arguments].concat(),
+    );
 }
 
 /// A real registry on a loopback port of its own; ends with the test.
@@ -162,7 +185,11 @@ impl DockerRegistry {
         let mut seen = String::new();
         let address = loop {
             let mut line = String::new();
-            assert_ne!(log.read_line(&mut line).unwrap(), 0, "docker-registry did not start: {seen}");
+            assert_ne!(
+                log.read_line(&mut line).unwrap(),
+                0,
+                "docker-registry did not start: {seen}"
+            );
             if let Some((_, rest)) = line.split_once("listening on ") {
                 break rest.split(['"', ' ', '\n']).next().unwrap().to_owned();
             }
@@ -170,7 +197,11 @@ impl DockerRegistry {
         };
         // Somebody has to take what it goes on logging.
         std::thread::spawn(move || std::io::copy(&mut log.by_ref(), &mut std::io::sink()));
-        Self { child, address, _dir: dir }
+        Self {
+            child,
+            address,
+            _dir: dir,
+        }
     }
 }
 

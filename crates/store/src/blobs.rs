@@ -73,7 +73,11 @@ pub enum BlobError {
 
 impl BlobError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_owned(), source }
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -89,12 +93,20 @@ impl Explain for BlobError {
 
     fn hints(&self) -> Vec<String> {
         match self {
-            Self::NotFound { .. } => vec!["run `offshoot image pull` or `offshoot image import` again".into()],
+            Self::NotFound { .. } => {
+                vec!["run `offshoot image pull` or `offshoot image import` again".into()]
+            }
             Self::Damaged { path, .. } => {
-                vec![format!("remove {} and run `offshoot image pull` or `offshoot image import` again", path.display())]
+                vec![format!(
+                    "remove {} and run `offshoot image pull` or `offshoot image import` again",
+                    path.display()
+                )]
             }
             Self::Io { source, path, .. } if is_no_space(source) => {
-                vec![format!("run `offshoot prune` or make room on the disk of {}", path.display())]
+                vec![format!(
+                    "run `offshoot prune` or make room on the disk of {}",
+                    path.display()
+                )]
             }
             _ => Vec::new(),
         }
@@ -102,7 +114,10 @@ impl Explain for BlobError {
 }
 
 fn is_no_space(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 /// The store's folders. Cheap to clone; any number of threads and processes may use one store at once.
@@ -127,9 +142,15 @@ impl BlobStore {
             tmp: data_dir.join("tmp"),
         };
         for dir in [&places.blobs, &places.downloads, &places.tmp] {
-            DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(BlobError::io("create", dir))?;
+            DirBuilder::new()
+                .recursive(true)
+                .mode(0o700)
+                .create(dir)
+                .map_err(BlobError::io("create", dir))?;
         }
-        Ok(Self { places: Arc::new(places) })
+        Ok(Self {
+            places: Arc::new(places),
+        })
     }
 
     /// Where unpublished work lies, on the blobs' own file system.
@@ -168,12 +189,21 @@ impl BlobStore {
         let path = self.path(digest);
         let size = file.metadata().map_err(BlobError::io("look at", &path))?.len();
         if size > limit {
-            return Err(BlobError::TooLarge { digest: *digest, size, limit });
+            return Err(BlobError::TooLarge {
+                digest: *digest,
+                size,
+                limit,
+            });
         }
         let mut bytes = Vec::with_capacity(usize::try_from(size).unwrap_or_default());
-        file.take(limit).read_to_end(&mut bytes).map_err(BlobError::io("read", &path))?;
+        file.take(limit)
+            .read_to_end(&mut bytes)
+            .map_err(BlobError::io("read", &path))?;
         if hash_of(&bytes) != *digest {
-            return Err(BlobError::Damaged { digest: *digest, path });
+            return Err(BlobError::Damaged {
+                digest: *digest,
+                path,
+            });
         }
         Ok(bytes)
     }
@@ -184,7 +214,10 @@ impl BlobStore {
         let mut hasher = Sha256::new();
         hash_file(&mut self.open_blob(digest)?, &mut hasher).map_err(BlobError::io("read", &path))?;
         if finish(hasher) != *digest {
-            return Err(BlobError::Damaged { digest: *digest, path });
+            return Err(BlobError::Damaged {
+                digest: *digest,
+                path,
+            });
         }
         Ok(())
     }
@@ -198,8 +231,12 @@ impl BlobStore {
 
     /// Begins a blob whose digest need not be known yet.
     pub fn writer(&self) -> Result<BlobWriter, BlobError> {
-        let random = offshoot_sys::random::bytes().map_err(BlobError::io("draw a name in", &self.places.tmp))?;
-        let path = self.places.tmp.join(format!("blob-{:016x}", u64::from_ne_bytes(random)));
+        let random =
+            offshoot_sys::random::bytes().map_err(BlobError::io("draw a name in", &self.places.tmp))?;
+        let path = self
+            .places
+            .tmp
+            .join(format!("blob-{:016x}", u64::from_ne_bytes(random)));
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -207,7 +244,13 @@ impl BlobStore {
             .mode(0o600)
             .open(&path)
             .map_err(BlobError::io("create", &path))?;
-        Ok(BlobWriter { store: self.clone(), file, path, hasher: Sha256::new(), written: 0 })
+        Ok(BlobWriter {
+            store: self.clone(),
+            file,
+            path,
+            hasher: Sha256::new(),
+            written: 0,
+        })
     }
 
     /// Keeps `bytes` as a blob: for manifests and configs we make ourselves.
@@ -236,7 +279,11 @@ impl BlobStore {
                 Ok(()) => {}
                 Err(fs::TryLockError::WouldBlock) => return Ok(None),
                 Err(fs::TryLockError::Error(source)) => {
-                    return Err(BlobError::Io { action: "lock", path, source });
+                    return Err(BlobError::Io {
+                        action: "lock",
+                        path,
+                        source,
+                    });
                 }
             }
             // Whoever held the lock before may have published or removed the file that we have open.
@@ -246,7 +293,14 @@ impl BlobStore {
             }
             let mut hasher = Sha256::new();
             let written = hash_file(&mut file, &mut hasher).map_err(BlobError::io("read", &path))?;
-            return Ok(Some(BlobDownload { store: self.clone(), file, path, digest: *digest, hasher, written }));
+            return Ok(Some(BlobDownload {
+                store: self.clone(),
+                file,
+                path,
+                digest: *digest,
+                hasher,
+                written,
+            }));
         }
     }
 
@@ -257,8 +311,13 @@ impl BlobStore {
         for entry in fs::read_dir(dir).map_err(BlobError::io("list", dir))? {
             let path = entry.map_err(BlobError::io("list", dir))?.path();
             let Ok(file) = File::open(&path) else { continue };
-            let modified = file.metadata().and_then(|m| m.modified()).map_err(BlobError::io("look at", &path))?;
-            let old = SystemTime::now().duration_since(modified).is_ok_and(|since| since >= age);
+            let modified = file
+                .metadata()
+                .and_then(|m| m.modified())
+                .map_err(BlobError::io("look at", &path))?;
+            let old = SystemTime::now()
+                .duration_since(modified)
+                .is_ok_and(|since| since >= age);
             if old && file.try_lock().is_ok() {
                 fs::remove_file(&path).map_err(BlobError::io("remove", &path))?;
                 removed += 1;
@@ -271,9 +330,11 @@ impl BlobStore {
     pub fn remove(&self, digest: &Digest) -> Result<(), BlobError> {
         let path = self.path(digest);
         match fs::remove_file(&path) {
-            Err(source) if source.kind() != io::ErrorKind::NotFound => {
-                Err(BlobError::Io { action: "remove", path, source })
-            }
+            Err(source) if source.kind() != io::ErrorKind::NotFound => Err(BlobError::Io {
+                action: "remove",
+                path,
+                source,
+            }),
             _ => Ok(()),
         }
     }
@@ -285,14 +346,23 @@ impl BlobStore {
         for entry in fs::read_dir(dir).map_err(BlobError::io("list", dir))? {
             let entry = entry.map_err(BlobError::io("list", dir))?;
             let name = entry.file_name();
-            let Some(digest) = name.to_str().and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok()) else {
+            let Some(digest) = name
+                .to_str()
+                .and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok())
+            else {
                 continue;
             };
             match entry.metadata() {
                 Ok(metadata) if metadata.is_file() => blobs.push((digest, metadata.len())),
                 // Removed since the folder was read.
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(source) => return Err(BlobError::Io { action: "look at", path: entry.path(), source }),
+                Err(source) => {
+                    return Err(BlobError::Io {
+                        action: "look at",
+                        path: entry.path(),
+                        source,
+                    });
+                }
                 Ok(_) => {}
             }
         }
@@ -344,7 +414,12 @@ impl BlobWriter {
     pub fn finish(mut self) -> PreparedBlob {
         let digest = finish(std::mem::take(&mut self.hasher));
         let path = std::mem::take(&mut self.path);
-        PreparedBlob { store: self.store.clone(), path, digest, size: self.written }
+        PreparedBlob {
+            store: self.store.clone(),
+            path,
+            digest,
+            size: self.written,
+        }
     }
 
     /// Publishes what was written, if it is what was `expected`; gives its digest and size.
@@ -354,7 +429,10 @@ impl BlobWriter {
         if let Some(expected) = expected
             && *expected != actual
         {
-            return Err(BlobError::Mismatch { expected: *expected, actual });
+            return Err(BlobError::Mismatch {
+                expected: *expected,
+                actual,
+            });
         }
         prepared.publish()
     }
@@ -407,7 +485,8 @@ impl PreparedBlob {
 
     /// Makes it visible, durably; gives its digest and size.
     pub fn publish(self) -> Result<(Digest, u64), BlobError> {
-        self.store.publish(&self.open()?, &self.path, &self.digest, self.size)?;
+        self.store
+            .publish(&self.open()?, &self.path, &self.digest, self.size)?;
         Ok((self.digest, self.size))
     }
 }
@@ -452,7 +531,9 @@ impl BlobDownload {
 
     /// Forgets what has come so far: the source cannot go on in the middle, or what came was wrong.
     pub fn restart(&mut self) -> Result<(), BlobError> {
-        self.file.set_len(0).map_err(BlobError::io("truncate", &self.path))?;
+        self.file
+            .set_len(0)
+            .map_err(BlobError::io("truncate", &self.path))?;
         io::Seek::rewind(&mut self.file).map_err(BlobError::io("rewind", &self.path))?;
         self.hasher = Sha256::new();
         self.written = 0;
@@ -461,11 +542,21 @@ impl BlobDownload {
 
     /// Publishes the blob if it is whole and right; gives its size. What is wrong is removed.
     pub fn commit(self) -> Result<u64, BlobError> {
-        let Self { store, file, path, digest, hasher, written } = self;
+        let Self {
+            store,
+            file,
+            path,
+            digest,
+            hasher,
+            written,
+        } = self;
         let actual = finish(hasher);
         if actual != digest {
             fs::remove_file(&path).map_err(BlobError::io("remove", &path))?;
-            return Err(BlobError::Mismatch { expected: digest, actual });
+            return Err(BlobError::Mismatch {
+                expected: digest,
+                actual,
+            });
         }
         store.publish(&file, &path, &digest, written)?;
         Ok(written)
@@ -544,7 +635,9 @@ mod tests {
 
         let mut wrong = store.writer().unwrap();
         wrong.write_all(b"other").unwrap();
-        assert!(matches!(wrong.commit(Some(&digest)), Err(BlobError::Mismatch { expected, .. }) if expected == digest));
+        assert!(
+            matches!(wrong.commit(Some(&digest)), Err(BlobError::Mismatch { expected, .. }) if expected == digest)
+        );
         let mut dropped = store.writer().unwrap();
         dropped.write_all(b"x").unwrap();
         assert_eq!(files(&store.places.tmp), 1);
@@ -554,7 +647,10 @@ mod tests {
 
         store.remove(&digest).unwrap();
         store.remove(&digest).unwrap();
-        assert!(matches!(store.open_blob(&digest), Err(BlobError::NotFound { .. })));
+        assert!(matches!(
+            store.open_blob(&digest),
+            Err(BlobError::NotFound { .. })
+        ));
         assert!(matches!(store.size(&digest), Err(BlobError::NotFound { .. })));
         assert!(!store.contains(&digest));
     }
@@ -563,10 +659,20 @@ mod tests {
     fn small_reads_are_limited_and_checked() {
         let (_dir, store) = store();
         let digest = store.put(b"hello").unwrap();
-        assert!(matches!(store.read_small(&digest, 4), Err(BlobError::TooLarge { size: 5, limit: 4, .. })));
+        assert!(matches!(
+            store.read_small(&digest, 4),
+            Err(BlobError::TooLarge {
+                size: 5,
+                limit: 4,
+                ..
+            })
+        ));
         store.verify(&digest).unwrap();
         fs::write(store.path(&digest), b"hellO").unwrap();
-        assert!(matches!(store.read_small(&digest, 100), Err(BlobError::Damaged { .. })));
+        assert!(matches!(
+            store.read_small(&digest, 100),
+            Err(BlobError::Damaged { .. })
+        ));
         assert!(matches!(store.verify(&digest), Err(BlobError::Damaged { .. })));
         // A damaged blob of the wrong size is mended by storing it again.
         fs::write(store.path(&digest), b"hell").unwrap();

@@ -16,7 +16,8 @@ use sha2::{Digest as _, Sha256};
 use super::members::Members;
 use super::{ImportError, Imported};
 use crate::manifest::{
-    Blob, CONFIG_LIMIT, Compression, Config, MANIFEST_LIMIT, MAX_LAYERS, ManifestError, StoredLayer, write_manifest,
+    Blob, CONFIG_LIMIT, Compression, Config, MANIFEST_LIMIT, MAX_LAYERS, ManifestError, StoredLayer,
+    write_manifest,
 };
 use crate::platform::Platform;
 use crate::reference::ImageReference;
@@ -59,12 +60,21 @@ pub(super) fn import(
     let mut imported = Vec::new();
     for image in images {
         let digest = store.put(&image.config_bytes)?;
-        let config = Blob { digest, size: image.config_bytes.len() as u64 };
+        let config = Blob {
+            digest,
+            size: image.config_bytes.len() as u64,
+        };
         let digest = write_manifest(store, config, &image.layers)?;
         if image.names.is_empty() {
-            imported.push(Imported { digest, reference: None });
+            imported.push(Imported {
+                digest,
+                reference: None,
+            });
         }
-        imported.extend(image.names.into_iter().map(|name| Imported { digest, reference: Some(name) }));
+        imported.extend(image.names.into_iter().map(|name| Imported {
+            digest,
+            reference: Some(name),
+        }));
     }
     Ok(imported)
 }
@@ -80,13 +90,20 @@ fn prepare(
     if let Some(expected) = digest_in_name(&saved.config) {
         let actual = Digest::from_bytes(Sha256::digest(&config_bytes).into());
         if actual != expected {
-            return Err(ImportError::Digest { name: saved.config.clone(), expected, actual });
+            return Err(ImportError::Digest {
+                name: saved.config.clone(),
+                expected,
+                actual,
+            });
         }
     }
     let config = Config::parse(&config_bytes)?;
     if !wanted.accepts(&config.platform) {
         let offered = vec![config.platform.to_string()];
-        return Err(ImportError::Platform { wanted: wanted.clone(), offered });
+        return Err(ImportError::Platform {
+            wanted: wanted.to_string(),
+            offered,
+        });
     }
     let names = saved.layers.as_deref().unwrap_or_default();
     let (layers, diff_ids) = (names.len(), config.diff_ids.len());
@@ -101,8 +118,16 @@ fn prepare(
         .zip(&config.diff_ids)
         .map(|(name, diff_id)| stage_layer(store, members, name, diff_id, staged))
         .collect::<Result<_, _>>()?;
-    let names = saved.repo_tags.iter().flatten().map(|tag| Ok(tag.parse::<ImageReference>()?.to_string()));
-    Ok(Ready { config_bytes, layers, names: names.collect::<Result<_, ImportError>>()? })
+    let names = saved
+        .repo_tags
+        .iter()
+        .flatten()
+        .map(|tag| Ok(tag.parse::<ImageReference>()?.to_string()));
+    Ok(Ready {
+        config_bytes,
+        layers,
+        names: names.collect::<Result<_, ImportError>>()?,
+    })
 }
 
 fn stage_layer(
@@ -122,18 +147,29 @@ fn stage_layer(
     } else {
         let actual = members.diff_id(place, compression)?;
         if actual != *diff_id {
-            return Err(ImportError::Digest { name: name.to_owned(), expected: *diff_id, actual });
+            return Err(ImportError::Digest {
+                name: name.to_owned(),
+                expected: *diff_id,
+                actual,
+            });
         }
         let blob = members.stage(store, place)?;
         let digest = blob.digest();
         staged.insert(digest, Some(blob));
         digest
     };
-    Ok(StoredLayer { digest, size: place.size, diff_id: *diff_id, compression })
+    Ok(StoredLayer {
+        digest,
+        size: place.size,
+        diff_id: *diff_id,
+        compression,
+    })
 }
 
 /// The digest that a file's name claims: `<hex>.json`, `blobs/sha256/<hex>`.
 fn digest_in_name(name: &str) -> Option<Digest> {
     let last = name.rsplit('/').next()?;
-    format!("sha256:{}", last.strip_suffix(".json").unwrap_or(last)).parse().ok()
+    format!("sha256:{}", last.strip_suffix(".json").unwrap_or(last))
+        .parse()
+        .ok()
 }

@@ -8,7 +8,7 @@ use offshoot_store::blobs::BlobError;
 use super::scan::TarError;
 use crate::index;
 use crate::manifest::ManifestError;
-use crate::platform::{Platform, PlatformError};
+use crate::platform::PlatformError;
 use crate::reference::ReferenceError;
 
 /// Why an archive does not become an image. Nothing of it is kept.
@@ -129,7 +129,7 @@ pub enum ImportError {
     #[error("archive has no image for {wanted}: it has {}", index::list(offered))]
     Platform {
         /// What was asked for.
-        wanted: Platform,
+        wanted: String,
         /// What there is.
         offered: Vec<String>,
     },
@@ -167,7 +167,9 @@ impl Explain for ImportError {
             Self::TooLarge { .. } => ErrorKind::NoSpace,
             Self::Platform { .. } => ErrorKind::NotPossible,
             Self::ManyImages { .. } | Self::BadPlatform { .. } => ErrorKind::InvalidRequest,
-            Self::Tar { source: TarError::Io(_) } => ErrorKind::Internal,
+            Self::Tar {
+                source: TarError::Io(_),
+            } => ErrorKind::Internal,
             _ => ErrorKind::BadContent,
         }
     }
@@ -177,14 +179,22 @@ impl Explain for ImportError {
             Self::Store { source } => return source.hints(),
             Self::Manifest { source } => return source.hints(),
             Self::Reference { source } => return source.hints(),
-            Self::Empty | Self::NoRoot | Self::Tar { source: TarError::NotATar } => {
+            Self::Empty
+            | Self::NoRoot
+            | Self::Tar {
+                source: TarError::NotATar,
+            } => {
                 "give `offshoot image import` the output of `docker save`, an OCI image layout, or a tar of a root file system"
             }
             Self::Tar { .. } | Self::Decompress { .. } | Self::Missing { .. } | Self::Digest { .. } => {
                 "make the archive again, or copy it again: it is damaged or incomplete"
             }
-            Self::ManyImages { .. } => "leave out `--name`: the images keep the names they have in the archive",
-            Self::Platform { .. } => "save the image again for this platform: `docker save --platform`, `skopeo copy --override-arch`",
+            Self::ManyImages { .. } => {
+                "leave out `--name`: the images keep the names they have in the archive"
+            }
+            Self::Platform { .. } => {
+                "save the image again for this platform: `docker save --platform`, `skopeo copy --override-arch`"
+            }
             _ => return Vec::new(),
         };
         vec![hint.into()]

@@ -12,7 +12,9 @@ use sha2::{Digest as _, Sha256};
 use super::members::{Members, Place};
 use super::{ImportError, Imported};
 use crate::index::{self, MAX_DEPTH};
-use crate::manifest::{Blob, CONFIG_LIMIT, Config, Document, IndexEntry, MANIFEST_LIMIT, Manifest, StoredImage};
+use crate::manifest::{
+    Blob, CONFIG_LIMIT, Config, Document, IndexEntry, MANIFEST_LIMIT, Manifest, StoredImage,
+};
 use crate::platform::Platform;
 use crate::reference::ImageReference;
 
@@ -45,16 +47,24 @@ pub(super) fn import(
 ) -> Result<Vec<Imported>, ImportError> {
     let layout: Layout = members.json("oci-layout", MANIFEST_LIMIT)?;
     if !layout.image_layout_version.starts_with("1.") {
-        return Err(ImportError::LayoutVersion { version: layout.image_layout_version.chars().take(40).collect() });
+        return Err(ImportError::LayoutVersion {
+            version: layout.image_layout_version.chars().take(40).collect(),
+        });
     }
     let Document::Index(entries) = Document::parse(&members.read("index.json", MANIFEST_LIMIT)?)? else {
         return Err(crate::manifest::ManifestError::Ambiguous.into());
     };
-    let mut search = Search { members, wanted, offered: index::offered(&entries) };
+    let mut search = Search {
+        members,
+        wanted,
+        offered: index::offered(&entries),
+    };
     let mut found: BTreeMap<Digest, Found> = BTreeMap::new();
     let mut named = Vec::new();
     for entry in index::candidates(&entries, wanted) {
-        let Some(image) = search.follow(entry, MAX_DEPTH - 1)? else { continue };
+        let Some(image) = search.follow(entry, MAX_DEPTH - 1)? else {
+            continue;
+        };
         named.push((image.blob.digest, name(&entry.annotations)?));
         found.entry(image.blob.digest).or_insert(image);
     }
@@ -62,7 +72,10 @@ pub(super) fn import(
         let mut offered = search.offered;
         offered.sort();
         offered.dedup();
-        return Err(ImportError::Platform { wanted: wanted.clone(), offered });
+        return Err(ImportError::Platform {
+            wanted: wanted.to_string(),
+            offered,
+        });
     }
     let mut staged = HashMap::new();
     for image in found.values() {
@@ -78,7 +91,10 @@ pub(super) fn import(
     }
     named.sort();
     named.dedup();
-    Ok(named.into_iter().map(|(digest, reference)| Imported { digest, reference }).collect())
+    Ok(named
+        .into_iter()
+        .map(|(digest, reference)| Imported { digest, reference })
+        .collect())
 }
 
 impl Search<'_> {
@@ -114,7 +130,12 @@ impl Search<'_> {
         }
         let size = manifest_bytes.len() as u64;
         let image = StoredImage::combine(entry.blob.digest, size, manifest, &config_bytes)?;
-        Ok(Some(Found { blob: entry.blob, manifest_bytes, config_bytes, image }))
+        Ok(Some(Found {
+            blob: entry.blob,
+            manifest_bytes,
+            config_bytes,
+            image,
+        }))
     }
 }
 
@@ -128,10 +149,18 @@ fn read_blob(members: &Members<'_>, blob: Blob, limit: u64) -> Result<Vec<u8>, I
     let bytes = members.read(&name, limit)?;
     let actual = Digest::from_bytes(Sha256::digest(&bytes).into());
     if actual != blob.digest {
-        return Err(ImportError::Digest { name, expected: blob.digest, actual });
+        return Err(ImportError::Digest {
+            name,
+            expected: blob.digest,
+            actual,
+        });
     }
     match bytes.len() as u64 {
-        actual if actual != blob.size => Err(ImportError::Size { name, expected: blob.size, actual }),
+        actual if actual != blob.size => Err(ImportError::Size {
+            name,
+            expected: blob.size,
+            actual,
+        }),
         _ => Ok(bytes),
     }
 }
@@ -149,7 +178,11 @@ fn stage_layers(
         let name = blob_name(&layer.digest);
         let blob = match members.find(&name) {
             Ok(Place { size: actual, .. }) if actual != layer.size => {
-                return Err(ImportError::Size { name, expected: layer.size, actual });
+                return Err(ImportError::Size {
+                    name,
+                    expected: layer.size,
+                    actual,
+                });
             }
             Ok(place) => members.stage_known(store, place, layer.digest)?,
             // An archive may leave out layers that the receiver has.
@@ -164,9 +197,11 @@ fn stage_layers(
 /// The name that the tools leave with an image: containerd and Docker a complete one, others often only a tag, which alone
 /// says too little.
 fn name(annotations: &HashMap<String, String>) -> Result<Option<String>, ImportError> {
-    let name = annotations
-        .get("io.containerd.image.name")
-        .or_else(|| annotations.get("org.opencontainers.image.ref.name").filter(|name| name.contains(['/', ':'])));
+    let name = annotations.get("io.containerd.image.name").or_else(|| {
+        annotations
+            .get("org.opencontainers.image.ref.name")
+            .filter(|name| name.contains(['/', ':']))
+    });
     match name {
         Some(name) => Ok(Some(name.parse::<ImageReference>()?.to_string())),
         None => Ok(None),

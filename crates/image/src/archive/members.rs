@@ -42,7 +42,10 @@ impl<'f> Members<'f> {
                 continue;
             }
             // A name that is no text, or leads upwards, is none that a manifest could ask for.
-            let Some(name) = std::str::from_utf8(&member.path).ok().and_then(|path| normal("", path)) else {
+            let Some(name) = std::str::from_utf8(&member.path)
+                .ok()
+                .and_then(|path| normal("", path))
+            else {
                 continue;
             };
             if by_name.len() == MAX_MEMBERS {
@@ -59,13 +62,21 @@ impl<'f> Members<'f> {
 
     /// Finds a file, through links within the archive.
     pub(super) fn find<'m>(&self, name: &'m str) -> Result<Place<'m>, ImportError> {
-        let missing = || ImportError::Missing { name: name.chars().take(200).collect() };
+        let missing = || ImportError::Missing {
+            name: name.chars().take(200).collect(),
+        };
         let mut path = normal("", name).ok_or_else(missing)?;
         for _ in 0..MAX_LINKS {
             let member = self.by_name.get(&path).ok_or_else(missing)?;
             let link = std::str::from_utf8(&member.link).unwrap_or_default();
             path = match member.kind {
-                Kind::File => return Ok(Place { name, offset: member.offset, size: member.size }),
+                Kind::File => {
+                    return Ok(Place {
+                        name,
+                        offset: member.offset,
+                        size: member.size,
+                    });
+                }
                 Kind::HardLink => normal("", link),
                 _ => normal(path.rsplit_once('/').map_or("", |(folder, _)| folder), link),
             }
@@ -78,17 +89,29 @@ impl<'f> Members<'f> {
     pub(super) fn read(&self, name: &str, limit: u64) -> Result<Vec<u8>, ImportError> {
         let place = self.find(name)?;
         if place.size > limit {
-            return Err(ImportError::FileTooLarge { name: name.to_owned(), size: place.size, limit });
+            return Err(ImportError::FileTooLarge {
+                name: name.to_owned(),
+                size: place.size,
+                limit,
+            });
         }
         let mut bytes = Vec::new();
-        self.open(place).read_to_end(&mut bytes).map_err(|source| ImportError::Upload { source })?;
+        self.open(place)
+            .read_to_end(&mut bytes)
+            .map_err(|source| ImportError::Upload { source })?;
         Ok(bytes)
     }
 
     /// Reads a whole JSON file of at most `limit` bytes.
-    pub(super) fn json<T: serde::de::DeserializeOwned>(&self, name: &str, limit: u64) -> Result<T, ImportError> {
-        serde_json::from_slice(&self.read(name, limit)?)
-            .map_err(|source| ImportError::Json { name: name.to_owned(), source })
+    pub(super) fn json<T: serde::de::DeserializeOwned>(
+        &self,
+        name: &str,
+        limit: u64,
+    ) -> Result<T, ImportError> {
+        serde_json::from_slice(&self.read(name, limit)?).map_err(|source| ImportError::Json {
+            name: name.to_owned(),
+            source,
+        })
     }
 
     fn open(&self, place: Place<'_>) -> Section<'f> {
@@ -108,7 +131,9 @@ impl<'f> Members<'f> {
     /// Copies a file to a blob that is not visible yet.
     pub(super) fn stage(&self, store: &BlobStore, place: Place<'_>) -> Result<PreparedBlob, ImportError> {
         let mut writer = store.writer()?;
-        copy(&mut self.open(place), &mut writer, |source| ImportError::Upload { source })?;
+        copy(&mut self.open(place), &mut writer, |source| ImportError::Upload {
+            source,
+        })?;
         Ok(writer.finish())
     }
 
@@ -125,7 +150,11 @@ impl<'f> Members<'f> {
         let blob = self.stage(store, place)?;
         let actual = blob.digest();
         if actual != expected {
-            return Err(ImportError::Digest { name: place.name.to_owned(), expected, actual });
+            return Err(ImportError::Digest {
+                name: place.name.to_owned(),
+                expected,
+                actual,
+            });
         }
         Ok(Some(blob))
     }
@@ -142,7 +171,11 @@ impl<'f> Members<'f> {
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(source) => {
                     let format = format_name(compression);
-                    return Err(ImportError::Decompress { format, name: format!("`{}`", place.name), source });
+                    return Err(ImportError::Decompress {
+                        format,
+                        name: format!("`{}`", place.name),
+                        source,
+                    });
                 }
             }
         }
@@ -151,7 +184,11 @@ impl<'f> Members<'f> {
 
 /// `path` as seen from `folder`, without `.` and `..`; `None` if it leads out of the archive or to its top.
 fn normal(folder: &str, path: &str) -> Option<String> {
-    let mut parts: Vec<&str> = if path.starts_with('/') { Vec::new() } else { folder.split('/').collect() };
+    let mut parts: Vec<&str> = if path.starts_with('/') {
+        Vec::new()
+    } else {
+        folder.split('/').collect()
+    };
     for part in path.split('/') {
         match part {
             "" | "." => {}

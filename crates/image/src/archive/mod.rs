@@ -23,8 +23,8 @@ use offshoot_model::{ByteSize, Digest, EnvVar, ImageConfig, Progress, ProgressUn
 use offshoot_store::blobs::{BlobError, BlobStore, BlobWriter, PreparedBlob};
 
 pub use self::error::ImportError;
-pub use self::scan::TarError;
 pub(crate) use self::rootfs::from_spool;
+pub use self::scan::TarError;
 
 use self::members::Members;
 use self::rootfs::Contents;
@@ -92,13 +92,20 @@ pub fn import(
     options: &ImportOptions,
     progress: &Progress,
 ) -> Result<Vec<Imported>, ImportError> {
-    let name = options.reference.as_deref().map(str::parse::<ImageReference>).transpose()?;
+    let name = options
+        .reference
+        .as_deref()
+        .map(str::parse::<ImageReference>)
+        .transpose()?;
     let platform = Platform::parse_or_host(options.platform.as_deref())?;
     let spool = Spool::receive(store, source, options.limit, progress)?;
     let images = match spool.contents()? {
         Contents::Rootfs(facts) => {
             let image = rootfs::import(store, spool, &facts, &platform, options.rootfs_config.clone())?;
-            vec![Imported { digest: image, reference: None }]
+            vec![Imported {
+                digest: image,
+                reference: None,
+            }]
         }
         Contents::Archive => {
             let spool = spool.decompressed(store)?;
@@ -120,8 +127,14 @@ fn named(images: Vec<Imported>, name: Option<ImageReference>) -> Result<Vec<Impo
     let mut digests: Vec<_> = images.iter().map(|image| image.digest).collect();
     digests.dedup();
     match digests.as_slice() {
-        [digest] => Ok(vec![Imported { digest: *digest, reference: Some(reference) }]),
-        _ => Err(ImportError::ManyImages { count: digests.len(), reference }),
+        [digest] => Ok(vec![Imported {
+            digest: *digest,
+            reference: Some(reference),
+        }]),
+        _ => Err(ImportError::ManyImages {
+            count: digests.len(),
+            reference,
+        }),
     }
 }
 
@@ -169,7 +182,11 @@ impl Spool {
             .map_err(|source| ImportError::Upload { source })?;
         match length {
             0 => Err(ImportError::Empty),
-            _ => Ok(Self { compression: Compression::of_magic(&start[..length]), writer, limit }),
+            _ => Ok(Self {
+                compression: Compression::of_magic(&start[..length]),
+                writer,
+                limit,
+            }),
         }
     }
 
@@ -186,7 +203,11 @@ impl Spool {
         if plain.written() > self.limit.bytes() {
             return Err(ImportError::TooLarge { limit: self.limit });
         }
-        Ok(Self { writer: plain, compression: Compression::None, limit: self.limit })
+        Ok(Self {
+            writer: plain,
+            compression: Compression::None,
+            limit: self.limit,
+        })
     }
 
     fn bytes(&self) -> scan::Section<'_> {
@@ -194,7 +215,11 @@ impl Spool {
     }
 
     fn decompress_error(&self, source: io::Error) -> ImportError {
-        ImportError::Decompress { format: format_name(self.compression), name: "the archive".into(), source }
+        ImportError::Decompress {
+            format: format_name(self.compression),
+            name: "the archive".into(),
+            source,
+        }
     }
 
     fn prepare(self) -> PreparedBlob {
@@ -214,9 +239,9 @@ fn format_name(compression: Compression) -> &'static str {
 fn decoder<'r>(compression: Compression, source: impl Read + 'r) -> Box<dyn Read + 'r> {
     match compression {
         Compression::None => Box::new(source),
-        Compression::Gzip => {
-            Box::new(flate2::bufread::MultiGzDecoder::new(io::BufReader::with_capacity(COPY_SIZE, source)))
-        }
+        Compression::Gzip => Box::new(flate2::bufread::MultiGzDecoder::new(
+            io::BufReader::with_capacity(COPY_SIZE, source),
+        )),
         Compression::Zstd => match zstd::stream::read::Decoder::new(source) {
             Ok(decoder) => Box::new(decoder),
             Err(error) => Box::new(Failing(Some(error))),
@@ -235,7 +260,12 @@ impl Read for Failing {
 
 fn write(writer: &mut BlobWriter, bytes: &[u8]) -> Result<(), ImportError> {
     writer.write_all(bytes).map_err(|source| {
-        BlobError::Io { action: "write", path: writer.path().to_owned(), source }.into()
+        BlobError::Io {
+            action: "write",
+            path: writer.path().to_owned(),
+            source,
+        }
+        .into()
     })
 }
 

@@ -50,13 +50,20 @@ impl Spool {
         }
         // Errors of the decoder and of the tar both end the walk; which it was shows in the decoder's own memory.
         let limited = decoder(self.compression, self.bytes()).take(self.limit.bytes() + 1);
-        let hashing = Hashing { source: limited, hasher: Sha256::new(), count: 0, failed: false };
+        let hashing = Hashing {
+            source: limited,
+            hasher: Sha256::new(),
+            count: 0,
+            failed: false,
+        };
         let mut scanner = Scanner::new(Stream(hashing));
         let seen = walk(&mut scanner);
         let mut hashing = scanner.into_source().0;
         let seen = match seen {
             Err(TarError::Io(source)) if hashing.failed => return Err(self.decompress_error(source)),
-            _ if hashing.count > self.limit.bytes() => return Err(ImportError::TooLarge { limit: self.limit }),
+            _ if hashing.count > self.limit.bytes() => {
+                return Err(ImportError::TooLarge { limit: self.limit });
+            }
             other => other?,
         };
         // What follows the end of the tar counts in its digest too, and the decoder's own checksum stands behind it.
@@ -74,11 +81,15 @@ fn walk<S: Source>(scanner: &mut Scanner<S>) -> Result<Seen, TarError> {
         seen.members += 1;
         seen.newest = seen.newest.max(member.mtime);
         let path = member.path.as_slice();
-        let path = path.strip_prefix(b"./").or_else(|| path.strip_prefix(b"/")).unwrap_or(path);
+        let path = path
+            .strip_prefix(b"./")
+            .or_else(|| path.strip_prefix(b"/"))
+            .unwrap_or(path);
         let mut parts = path.splitn(2, |byte| *byte == b'/');
         let (first, rest) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
         seen.root |= ROOT_NAMES.iter().any(|name| name.as_bytes() == first);
-        seen.archive |= rest.is_empty() && member.kind == Kind::File && matches!(first, b"oci-layout" | b"manifest.json");
+        seen.archive |=
+            rest.is_empty() && member.kind == Kind::File && matches!(first, b"oci-layout" | b"manifest.json");
     }
     Ok(seen)
 }
@@ -87,7 +98,10 @@ fn judge(seen: &Seen, diff_id: Option<Digest>) -> Result<Contents, ImportError> 
     match seen {
         Seen { members: 0, .. } => Err(ImportError::Empty),
         // A root file system may hold a file of that name at its top; an image archive has no `/usr`.
-        Seen { root: true, .. } => Ok(Contents::Rootfs(Facts { diff_id, newest: seen.newest })),
+        Seen { root: true, .. } => Ok(Contents::Rootfs(Facts {
+            diff_id,
+            newest: seen.newest,
+        })),
         Seen { archive: true, .. } => Ok(Contents::Archive),
         _ => Err(ImportError::NoRoot),
     }

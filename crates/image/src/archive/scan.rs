@@ -77,7 +77,11 @@ pub(crate) struct Section<'f> {
 
 impl<'f> Section<'f> {
     pub(crate) fn new(file: &'f File, start: u64, length: u64) -> Self {
-        Self { file, position: start, end: start.saturating_add(length) }
+        Self {
+            file,
+            position: start,
+            end: start.saturating_add(length),
+        }
     }
 }
 
@@ -135,7 +139,11 @@ struct Extensions {
 
 impl<S: Source> Scanner<S> {
     pub(crate) fn new(source: S) -> Self {
-        Self { source, position: 0, pending: 0 }
+        Self {
+            source,
+            position: 0,
+            pending: 0,
+        }
     }
 
     /// Gives the source back, to read what follows the end of the tar.
@@ -157,7 +165,9 @@ impl<S: Source> Scanner<S> {
                 return Ok(None);
             };
             let damaged = |reason| TarError::Damaged { offset: at, reason };
-            let stored = header.entry_size().map_err(|_| damaged("its size is no number"))?;
+            let stored = header
+                .entry_size()
+                .map_err(|_| damaged("its size is no number"))?;
             let kind = header.entry_type();
             if kind.is_gnu_longname() || kind.is_gnu_longlink() || kind.is_pax_local_extensions() {
                 let content = self.extension(stored, at)?;
@@ -167,7 +177,8 @@ impl<S: Source> Scanner<S> {
                 } else if kind.is_gnu_longlink() {
                     extensions.link = Some(until_nul(content));
                 } else {
-                    read_pax(&content, &mut extensions).ok_or_else(|| damaged("its pax header is malformed"))?;
+                    read_pax(&content, &mut extensions)
+                        .ok_or_else(|| damaged("its pax header is malformed"))?;
                 }
                 continue;
             }
@@ -181,7 +192,9 @@ impl<S: Source> Scanner<S> {
             }
             self.pending = padded(size).ok_or_else(|| damaged("its size is impossible"))?;
             return Ok(Some(Member {
-                path: extensions.path.unwrap_or_else(|| header.path_bytes().into_owned()),
+                path: extensions
+                    .path
+                    .unwrap_or_else(|| header.path_bytes().into_owned()),
                 link: extensions
                     .link
                     .or_else(|| header.link_name_bytes().map(std::borrow::Cow::into_owned))
@@ -204,7 +217,13 @@ impl<S: Source> Scanner<S> {
         let skipped = self.source.skip(count)?;
         self.position += skipped;
         self.pending = 0;
-        if skipped < count { Err(TarError::Truncated { offset: self.position }) } else { Ok(()) }
+        if skipped < count {
+            Err(TarError::Truncated {
+                offset: self.position,
+            })
+        } else {
+            Ok(())
+        }
     }
 
     /// Reads a block; `None` at the end of the bytes.
@@ -223,7 +242,9 @@ impl<S: Source> Scanner<S> {
         match filled {
             0 => Ok(None),
             _ if filled < block.len() && self.position < BLOCK => Err(TarError::NotATar),
-            _ if filled < block.len() => Err(TarError::Truncated { offset: self.position }),
+            _ if filled < block.len() => Err(TarError::Truncated {
+                offset: self.position,
+            }),
             _ => Ok(Some(block)),
         }
     }
@@ -231,7 +252,9 @@ impl<S: Source> Scanner<S> {
     /// Reads a header and checks its sum; `None` at the end of the tar.
     fn header(&mut self) -> Result<Option<tar::Header>, TarError> {
         let at = self.position;
-        let Some(block) = self.block()? else { return Ok(None) };
+        let Some(block) = self.block()? else {
+            return Ok(None);
+        };
         if block.iter().all(|byte| *byte == 0) {
             return Ok(None);
         }
@@ -242,19 +265,27 @@ impl<S: Source> Scanner<S> {
         match header.cksum() {
             Ok(found) if found == expected => Ok(Some(header.clone())),
             _ if at == 0 => Err(TarError::NotATar),
-            _ => Err(TarError::Damaged { offset: at, reason: "its checksum is wrong" }),
+            _ => Err(TarError::Damaged {
+                offset: at,
+                reason: "its checksum is wrong",
+            }),
         }
     }
 
     fn extension(&mut self, size: u64, at: u64) -> Result<Vec<u8>, TarError> {
         if size > EXTENSION_LIMIT {
-            return Err(TarError::Damaged { offset: at, reason: "its extension is too long" });
+            return Err(TarError::Damaged {
+                offset: at,
+                reason: "its extension is too long",
+            });
         }
         let mut content = Vec::new();
         (&mut self.source).take(size).read_to_end(&mut content)?;
         self.position += content.len() as u64;
         if (content.len() as u64) < size {
-            return Err(TarError::Truncated { offset: self.position });
+            return Err(TarError::Truncated {
+                offset: self.position,
+            });
         }
         self.pending = size.next_multiple_of(BLOCK) - size;
         Ok(content)
@@ -265,7 +296,11 @@ impl<S: Source> Scanner<S> {
         /// Where such a block says whether another one follows (tar(5), "GNU tar archives").
         const IS_EXTENDED: usize = 504;
         loop {
-            let Some(block) = self.block()? else { return Err(TarError::Truncated { offset: self.position }) };
+            let Some(block) = self.block()? else {
+                return Err(TarError::Truncated {
+                    offset: self.position,
+                });
+            };
             if block[IS_EXTENDED] == 0 {
                 return Ok(());
             }
@@ -330,7 +365,9 @@ mod tests {
         let mut builder = tar::Builder::new(Vec::new());
         append(&mut builder, "usr/bin/a", b"hello");
         append(&mut builder, &"long/".repeat(60), &[1; 1000]);
-        builder.append_pax_extensions([("SCHILY.xattr.user.x", b"\n=".as_slice())]).unwrap();
+        builder
+            .append_pax_extensions([("SCHILY.xattr.user.x", b"\n=".as_slice())])
+            .unwrap();
         append(&mut builder, "b", &[2; 512]);
         builder.into_inner().unwrap()
     }
@@ -344,9 +381,15 @@ mod tests {
             &bytes[start..start + usize::try_from(members[i].size).unwrap()]
         };
         assert_eq!(members.len(), 3);
-        assert_eq!((members[0].path.as_slice(), content(0)), (&b"usr/bin/a"[..], &b"hello"[..]));
+        assert_eq!(
+            (members[0].path.as_slice(), content(0)),
+            (&b"usr/bin/a"[..], &b"hello"[..])
+        );
         assert_eq!((members[1].path.len(), content(1)), (300, &[1; 1000][..]));
-        assert_eq!((members[2].path.as_slice(), content(2)), (&b"b"[..], &[2; 512][..]));
+        assert_eq!(
+            (members[2].path.as_slice(), content(2)),
+            (&b"b"[..], &[2; 512][..])
+        );
         assert_eq!(members[2].mtime, 7);
     }
 
@@ -363,14 +406,20 @@ mod tests {
         assert!(scanner.next_member().unwrap().is_none());
         // Cut in the middle of the second member's content.
         let mut scanner = Scanner::new(Section::new(&file, 0, 3000));
-        let error = std::iter::from_fn(|| scanner.next_member().transpose()).find_map(Result::err).unwrap();
+        let error = std::iter::from_fn(|| scanner.next_member().transpose())
+            .find_map(Result::err)
+            .unwrap();
         assert!(matches!(error, TarError::Truncated { offset: 3000 }), "{error:?}");
     }
 
     #[test]
     fn every_cut_within_a_member_is_noticed() {
         let bytes = sample();
-        let end = scan(&bytes).unwrap().last().map(|last| usize::try_from(last.offset + 512).unwrap()).unwrap();
+        let end = scan(&bytes)
+            .unwrap()
+            .last()
+            .map(|last| usize::try_from(last.offset + 512).unwrap())
+            .unwrap();
         // Between whole members a tar may end: the closing zeros are a courtesy that some writers omit.
         let boundaries = [0, 1024, 3584, end];
         for cut in (0..end).filter(|cut| !boundaries.contains(cut)) {
@@ -379,7 +428,10 @@ mod tests {
         for boundary in boundaries {
             assert!(scan(&bytes[..boundary]).is_ok(), "{boundary}");
         }
-        assert!(matches!(scan(&bytes[..512]), Err(TarError::Truncated { offset: 512 })));
+        assert!(matches!(
+            scan(&bytes[..512]),
+            Err(TarError::Truncated { offset: 512 })
+        ));
     }
 
     #[test]
@@ -388,7 +440,10 @@ mod tests {
         assert!(matches!(scan(b"short"), Err(TarError::NotATar)));
         let mut bytes = sample();
         bytes[1024 + 3] ^= 1;
-        assert!(matches!(scan(&bytes), Err(TarError::Damaged { offset: 1024, .. })));
+        assert!(matches!(
+            scan(&bytes),
+            Err(TarError::Damaged { offset: 1024, .. })
+        ));
         assert!(scan(&[]).unwrap().is_empty());
         assert!(scan(&[0; 1024]).unwrap().is_empty());
     }
@@ -410,11 +465,23 @@ mod tests {
     #[test]
     fn malformed_pax_records_are_refused() {
         let check = |text: &[u8], expected: bool| {
-            assert_eq!(read_pax(text, &mut Extensions::default()).is_some(), expected, "{text:?}");
+            assert_eq!(
+                read_pax(text, &mut Extensions::default()).is_some(),
+                expected,
+                "{text:?}"
+            );
         };
         check(b"9 path=a\n", true);
         check(b"", true);
-        for bad in [&b"9 path=ab\n"[..], b"path=a\n", b"0 path=a\n", b"3 path=a\n", b"99 path=a\n", b"9 size=x\n", b"8 path=a"] {
+        for bad in [
+            &b"9 path=ab\n"[..],
+            b"path=a\n",
+            b"0 path=a\n",
+            b"3 path=a\n",
+            b"99 path=a\n",
+            b"9 size=x\n",
+            b"8 path=a",
+        ] {
             check(bad, false);
         }
     }

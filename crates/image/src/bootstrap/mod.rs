@@ -157,9 +157,13 @@ impl Explain for BootstrapError {
             }
             Self::Package { .. } => "give names as apt knows them: `--include curl,ca-certificates`",
             Self::Mirror { .. } => "write an address such as http://deb.debian.org/debian",
-            Self::NotInstalled { program: "mmdebstrap" } => "run `apt-get install mmdebstrap`",
+            Self::NotInstalled {
+                program: "mmdebstrap",
+            } => "run `apt-get install mmdebstrap`",
             Self::NotInstalled { .. } => "run `apt-get install util-linux`",
-            Self::Failed { .. } => "check that the suite and the packages exist and that the mirror answers: `apt-get update`",
+            Self::Failed { .. } => {
+                "check that the suite and the packages exist and that the mirror answers: `apt-get update`"
+            }
             Self::Run { .. } => return Vec::new(),
             Self::Import { source } => return source.hints(),
         };
@@ -176,11 +180,19 @@ pub async fn bootstrap(
     options: &BootstrapOptions,
     progress: &Progress,
 ) -> Result<Digest, BootstrapError> {
-    let plan = plan(&options.suite, &options.include, options.mirror.as_deref(), &host_sources())?;
+    let plan = plan(
+        &options.suite,
+        &options.include,
+        options.mirror.as_deref(),
+        &host_sources(),
+    )?;
     // Where the tree is built while it is not yet a tar: on the data's file system, since /tmp may be small, and swept there.
     let staging = StagingDir::new(store.tmp_dir(), "bootstrap").map_err(run_error)?;
     let child = spawn(&plan, options.variant, staging.path())?;
-    let mut build = Build { child: Some(child), staging: Some(staging) };
+    let mut build = Build {
+        child: Some(child),
+        staging: Some(staging),
+    };
     let Some((child, stdout, stderr)) = build.pipes() else {
         return Err(run_error(io::ErrorKind::BrokenPipe.into()));
     };
@@ -191,12 +203,19 @@ pub async fn bootstrap(
     let (spool, tail) = tokio::join!(spool, follow(stderr, progress));
     let status = child.wait().await.map_err(run_error)?;
     if !status.success() {
-        return Err(BootstrapError::Failed { suite: plan.suite, status, tail });
+        return Err(BootstrapError::Failed {
+            suite: plan.suite,
+            status,
+            tail,
+        });
     }
     let spool = spool.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?;
     let store = store.clone();
-    let image = spawn_blocking(move || from_spool(&store, spool, &Platform::host(), default_config(&["bash"])));
-    Ok(image.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?)
+    let image =
+        spawn_blocking(move || from_spool(&store, spool, &Platform::host(), default_config(&["bash"])));
+    Ok(image
+        .await
+        .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))?)
 }
 
 fn run_error(source: io::Error) -> BootstrapError {
@@ -219,7 +238,9 @@ impl Build {
 
 impl Drop for Build {
     fn drop(&mut self) {
-        let (Some(mut child), Some(staging)) = (self.child.take(), self.staging.take()) else { return };
+        let (Some(mut child), Some(staging)) = (self.child.take(), self.staging.take()) else {
+            return;
+        };
         if matches!(child.try_wait(), Ok(Some(_))) {
             return;
         }
@@ -232,7 +253,9 @@ impl Drop for Build {
                 drop(staging);
                 for _ in 0..REMOVE_ATTEMPTS {
                     match tokio::fs::remove_dir_all(&path).await {
-                        Err(error) if error.kind() != io::ErrorKind::NotFound => tokio::time::sleep(REMOVE_PAUSE).await,
+                        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                            tokio::time::sleep(REMOVE_PAUSE).await;
+                        }
                         _ => return,
                     }
                 }
@@ -275,7 +298,10 @@ fn is_installed(program: &str) -> bool {
 /// Today's beginning (UTC), seconds since 1970.
 fn midnight() -> u64 {
     const DAY: u64 = 24 * 60 * 60;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+    let now = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default()
+        .as_secs();
     now - now % DAY
 }
 
@@ -310,7 +336,10 @@ fn host_sources() -> Vec<Source> {
     if let Ok(entries) = std::fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.flatten().map(|entry| entry.path()));
     }
-    files.retain(|path| path.extension().is_some_and(|extension| extension == "list" || extension == "sources"));
+    files.retain(|path| {
+        path.extension()
+            .is_some_and(|extension| extension == "list" || extension == "sources")
+    });
     files.sort();
     let read = |path| {
         let mut text = String::new();
@@ -318,7 +347,11 @@ fn host_sources() -> Vec<Source> {
         io::Read::read_to_string(&mut io::Read::take(file, SOURCES_LIMIT), &mut text).ok()?;
         Some(text)
     };
-    files.iter().filter_map(read).flat_map(|text| read_sources(&text)).collect()
+    files
+        .iter()
+        .filter_map(read)
+        .flat_map(|text| read_sources(&text))
+        .collect()
 }
 
 #[cfg(test)]

@@ -3,7 +3,12 @@
 use crate::bootstrap::BootstrapError;
 
 /// Debian's releases by the numbers that are their tags on Docker Hub, too.
-const RELEASES: [(&str, &str); 4] = [("11", "bullseye"), ("12", "bookworm"), ("13", "trixie"), ("14", "forky")];
+const RELEASES: [(&str, &str); 4] = [
+    ("11", "bullseye"),
+    ("12", "bookworm"),
+    ("13", "trixie"),
+    ("14", "forky"),
+];
 /// Suites without updates and security archives of their own.
 const ROLLING: [&str; 3] = ["sid", "unstable", "experimental"];
 /// What a tag may leave out.
@@ -30,12 +35,16 @@ pub(super) fn plan(
     let suite = parse_suite(suite)?;
     for package in include {
         if !is_package(package) {
-            return Err(BootstrapError::Package { name: package.chars().take(100).collect() });
+            return Err(BootstrapError::Package {
+                name: package.chars().take(100).collect(),
+            });
         }
     }
     let sources = match mirror {
         Some(mirror) if !is_mirror(mirror) => {
-            return Err(BootstrapError::Mirror { text: mirror.chars().take(100).collect() });
+            return Err(BootstrapError::Mirror {
+                text: mirror.chars().take(100).collect(),
+            });
         }
         Some(mirror) => vec![format!("deb {mirror} {suite} main")],
         None => sources_for(&suite, host_sources),
@@ -45,21 +54,34 @@ pub(super) fn plan(
     packages.extend(include.iter().cloned());
     packages.sort();
     packages.dedup();
-    Ok(Plan { suite, include: packages, sources })
+    Ok(Plan {
+        suite,
+        include: packages,
+        sources,
+    })
 }
 
 /// `debian:bookworm`, `debian:12`, `debian` → the suite.
 fn parse_suite(text: &str) -> Result<String, BootstrapError> {
     let (distribution, tag) = text.split_once(':').unwrap_or((text, DEFAULT_SUITE));
     if distribution != "debian" {
-        return Err(BootstrapError::Distribution { name: distribution.chars().take(60).collect() });
+        return Err(BootstrapError::Distribution {
+            name: distribution.chars().take(60).collect(),
+        });
     }
-    let suite = RELEASES.iter().find(|(number, _)| *number == tag).map_or(tag, |(_, name)| name);
+    let suite = RELEASES
+        .iter()
+        .find(|(number, _)| *number == tag)
+        .map_or(tag, |(_, name)| name);
     let valid = suite.len() <= 40
         && suite.starts_with(|c: char| c.is_ascii_lowercase())
-        && suite.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
+        && suite
+            .bytes()
+            .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-');
     if !valid {
-        return Err(BootstrapError::Suite { text: text.chars().take(60).collect() });
+        return Err(BootstrapError::Suite {
+            text: text.chars().take(60).collect(),
+        });
     }
     Ok(suite.to_owned())
 }
@@ -71,18 +93,24 @@ fn is_package(name: &str) -> bool {
         text.len() >= 2
             && text.len() <= MAX_PACKAGE
             && text.starts_with(|c: char| c.is_ascii_lowercase() || c.is_ascii_digit())
-            && text.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || extra.contains(&b))
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || extra.contains(&b))
     };
     good(name, b"+-.") && good(arch, b"-")
 }
 
 /// A URI of a kind that apt fetches by itself, in characters that mean nothing to `sources.list`.
 fn is_mirror(text: &str) -> bool {
-    let rest = ["http://", "https://", "file:///"].iter().find_map(|scheme| text.strip_prefix(scheme));
+    let rest = ["http://", "https://", "file:///"]
+        .iter()
+        .find_map(|scheme| text.strip_prefix(scheme));
     rest.is_some_and(|rest| {
         !rest.is_empty()
             && text.len() <= 500
-            && text.bytes().all(|b| b.is_ascii_graphic() && !matches!(b, b'[' | b']' | b'"' | b'\'' | b'#' | b'\\'))
+            && text
+                .bytes()
+                .all(|b| b.is_ascii_graphic() && !matches!(b, b'[' | b']' | b'"' | b'\'' | b'#' | b'\\'))
     })
 }
 
@@ -140,13 +168,17 @@ pub(super) fn read_sources(text: &str) -> Vec<Source> {
     let one_line = text.lines().filter_map(|line| {
         let mut words = strip_options(line.trim().strip_prefix("deb ")?)?.split_whitespace();
         let (uri, suite) = (words.next()?, words.next()?);
-        words.any(|word| word == "main").then(|| (vec![uri.to_owned()], vec![suite.to_owned()]))
+        words
+            .any(|word| word == "main")
+            .then(|| (vec![uri.to_owned()], vec![suite.to_owned()]))
     });
     let mut found: Vec<(Vec<String>, Vec<String>)> = one_line.collect();
     for paragraph in paragraphs(text) {
         let field = |name: &str| -> Vec<String> {
             let values = paragraph.iter().filter(|(key, _)| key.eq_ignore_ascii_case(name));
-            values.flat_map(|(_, value)| value.split_whitespace().map(str::to_owned)).collect()
+            values
+                .flat_map(|(_, value)| value.split_whitespace().map(str::to_owned))
+                .collect()
         };
         let enabled = !field("Enabled").iter().any(|value| value == "no");
         let has = |name: &str, value: &str| field(name).iter().any(|v| v == value);
@@ -157,7 +189,10 @@ pub(super) fn read_sources(text: &str) -> Vec<Source> {
     let mut sources = Vec::new();
     for (uris, suites) in found {
         for uri in uris.iter().filter(|uri| is_debian(uri)) {
-            sources.extend(suites.iter().map(|suite| Source { uri: uri.clone(), suite: suite.clone() }));
+            sources.extend(suites.iter().map(|suite| Source {
+                uri: uri.clone(),
+                suite: suite.clone(),
+            }));
         }
     }
     sources
@@ -224,7 +259,11 @@ Components: main
     fn the_hosts_sources_are_read_in_both_forms() {
         let show = |text: &str| {
             let sources = read_sources(text);
-            sources.iter().map(|s| format!("{} {}", s.uri, s.suite)).collect::<Vec<_>>().join("\n")
+            sources
+                .iter()
+                .map(|s| format!("{} {}", s.uri, s.suite))
+                .collect::<Vec<_>>()
+                .join("\n")
         };
         assert_eq!(
             show(DEB822),
@@ -242,7 +281,13 @@ Components: main
     fn the_image_uses_the_hosts_mirrors() {
         let host = read_sources(DEB822);
         let check = |suite: &str, expected: &[&str]| {
-            assert_eq!(plan(&format!("debian:{suite}"), &[], None, &host).unwrap().sources, expected, "{suite}");
+            assert_eq!(
+                plan(&format!("debian:{suite}"), &[], None, &host)
+                    .unwrap()
+                    .sources,
+                expected,
+                "{suite}"
+            );
         };
         check(
             "bookworm",
@@ -268,36 +313,103 @@ Components: main
 
     #[test]
     fn suites_are_found_by_name_and_number() {
-        for (text, expected) in
-            [("debian:bookworm", "bookworm"), ("debian:12", "bookworm"), ("debian:13", "trixie"), ("debian", "stable")]
-        {
+        for (text, expected) in [
+            ("debian:bookworm", "bookworm"),
+            ("debian:12", "bookworm"),
+            ("debian:13", "trixie"),
+            ("debian", "stable"),
+        ] {
             assert_eq!(plan(text, &[], None, &[]).unwrap().suite, expected);
         }
-        for bad in ["debian:", "debian:-x", "debian:--help", "debian:a b", "debian:../x", "debian:A", "debian:12.1"] {
-            assert!(matches!(plan(bad, &[], None, &[]), Err(BootstrapError::Suite { .. })), "{bad}");
+        for bad in [
+            "debian:",
+            "debian:-x",
+            "debian:--help",
+            "debian:a b",
+            "debian:../x",
+            "debian:A",
+            "debian:12.1",
+        ] {
+            assert!(
+                matches!(plan(bad, &[], None, &[]), Err(BootstrapError::Suite { .. })),
+                "{bad}"
+            );
         }
         for bad in ["ubuntu:noble", "", "bookworm", "-debian:x"] {
-            assert!(matches!(plan(bad, &[], None, &[]), Err(BootstrapError::Distribution { .. })), "{bad}");
+            assert!(
+                matches!(
+                    plan(bad, &[], None, &[]),
+                    Err(BootstrapError::Distribution { .. })
+                ),
+                "{bad}"
+            );
         }
     }
 
     #[test]
     fn only_package_names_and_mirrors_pass() {
         let include = |name: &str| plan("debian:sid", &[name.to_owned()], None, &[]);
-        for good in ["curl", "g++", "libstdc++6", "gcc-12", "python3.11", "libc6:arm64", "0ad", "tzdata"] {
+        for good in [
+            "curl",
+            "g++",
+            "libstdc++6",
+            "gcc-12",
+            "python3.11",
+            "libc6:arm64",
+            "0ad",
+            "tzdata",
+        ] {
             assert!(include(good).is_ok(), "{good}");
         }
-        for bad in ["", "a", "-x", "--help", "a b", "a,b", "a;b", "$(x)", "?essential", "~i", "../x", "a/b", "A", "a\nb", "a:", ":a"] {
-            assert!(matches!(include(bad), Err(BootstrapError::Package { .. })), "{bad:?}");
+        for bad in [
+            "",
+            "a",
+            "-x",
+            "--help",
+            "a b",
+            "a,b",
+            "a;b",
+            "$(x)",
+            "?essential",
+            "~i",
+            "../x",
+            "a/b",
+            "A",
+            "a\nb",
+            "a:",
+            ":a",
+        ] {
+            assert!(
+                matches!(include(bad), Err(BootstrapError::Package { .. })),
+                "{bad:?}"
+            );
         }
-        let packages = plan("debian:sid", &["curl".into(), "curl".into()], None, &[]).unwrap().include;
+        let packages = plan("debian:sid", &["curl".into(), "curl".into()], None, &[])
+            .unwrap()
+            .include;
         assert_eq!(packages, ["curl", "tzdata"]);
         let mirror = |text: &str| plan("debian:sid", &[], Some(text), &[]);
-        for good in ["http://deb.debian.org/debian", "https://m.example:8443/debian/", "file:///srv/mirror"] {
+        for good in [
+            "http://deb.debian.org/debian",
+            "https://m.example:8443/debian/",
+            "file:///srv/mirror",
+        ] {
             assert!(mirror(good).is_ok(), "{good}");
         }
-        for bad in ["", "-", "http://", "ftp://x/debian", "http://x/ [trusted=yes]", "http://x\ndeb", "copy:/x", "/etc"] {
-            assert!(matches!(mirror(bad), Err(BootstrapError::Mirror { .. })), "{bad:?}");
+        for bad in [
+            "",
+            "-",
+            "http://",
+            "ftp://x/debian",
+            "http://x/ [trusted=yes]",
+            "http://x\ndeb",
+            "copy:/x",
+            "/etc",
+        ] {
+            assert!(
+                matches!(mirror(bad), Err(BootstrapError::Mirror { .. })),
+                "{bad:?}"
+            );
         }
     }
 }

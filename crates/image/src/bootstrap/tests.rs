@@ -24,11 +24,30 @@ fn only_folders(store: &TestStore) {
 #[tokio::test]
 async fn impossible_requests_are_refused_before_anything_runs() {
     let store = TestStore::new();
-    for (suite, include) in [("ubuntu:noble", ""), ("debian:--x", ""), ("debian:sid", "--x"), ("debian:sid", "a;b")] {
-        let include = if include.is_empty() { Vec::new() } else { vec![include.to_owned()] };
-        let options = BootstrapOptions { suite: suite.into(), include, ..BootstrapOptions::default() };
-        let error = bootstrap(&store.blobs, &options, &Progress::silent()).await.unwrap_err();
-        assert_eq!((error.kind(), error.hints().len()), (ErrorKind::InvalidRequest, 1), "{error}");
+    for (suite, include) in [
+        ("ubuntu:noble", ""),
+        ("debian:--x", ""),
+        ("debian:sid", "--x"),
+        ("debian:sid", "a;b"),
+    ] {
+        let include = if include.is_empty() {
+            Vec::new()
+        } else {
+            vec![include.to_owned()]
+        };
+        let options = BootstrapOptions {
+            suite: suite.into(),
+            include,
+            ..BootstrapOptions::default()
+        };
+        let error = bootstrap(&store.blobs, &options, &Progress::silent())
+            .await
+            .unwrap_err();
+        assert_eq!(
+            (error.kind(), error.hints().len()),
+            (ErrorKind::InvalidRequest, 1),
+            "{error}"
+        );
     }
     only_folders(&store);
 }
@@ -46,11 +65,20 @@ async fn a_failure_shows_the_last_lines_and_leaves_nothing() {
             sink.lock().unwrap().push(text);
         }
     });
-    let error = bootstrap(&store.blobs, &empty_mirror(), &progress).await.unwrap_err();
-    let BootstrapError::Failed { suite, tail, .. } = &error else { panic!("{error}") };
+    let error = bootstrap(&store.blobs, &empty_mirror(), &progress)
+        .await
+        .unwrap_err();
+    let BootstrapError::Failed { suite, tail, .. } = &error else {
+        panic!("{error}")
+    };
     assert_eq!(suite, "bookworm");
     assert!(tail.iter().any(|line| line.contains("127.0.0.1")), "{tail:?}");
-    assert!(said.lock().unwrap().iter().any(|line| line.starts_with("mmdebstrap: ")));
+    assert!(
+        said.lock()
+            .unwrap()
+            .iter()
+            .any(|line| line.starts_with("mmdebstrap: "))
+    );
     only_folders(&store);
 }
 
@@ -62,8 +90,10 @@ async fn dropping_it_kills_every_child_and_leaves_nothing() {
     }
     let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = silent.local_addr().unwrap().port();
-    let options =
-        BootstrapOptions { mirror: Some(format!("http://127.0.0.1:{port}/debian")), ..empty_mirror() };
+    let options = BootstrapOptions {
+        mirror: Some(format!("http://127.0.0.1:{port}/debian")),
+        ..empty_mirror()
+    };
     let store = TestStore::new();
     // Every child has the staging folder in its environment or arguments.
     let marker = store.dir.path().display().to_string();
@@ -72,7 +102,9 @@ async fn dropping_it_kills_every_child_and_leaves_nothing() {
             String::from_utf8_lossy(&std::fs::read(file).unwrap_or_default()).contains(&marker)
         };
         let processes = std::fs::read_dir("/proc").unwrap().flatten();
-        processes.filter(|p| mentions(p.path().join("environ")) || mentions(p.path().join("cmdline"))).count()
+        processes
+            .filter(|p| mentions(p.path().join("environ")) || mentions(p.path().join("cmdline")))
+            .count()
     };
     {
         let progress = Progress::silent();
@@ -100,31 +132,56 @@ async fn dropping_it_kills_every_child_and_leaves_nothing() {
 #[ignore = "downloads a Debian system"]
 async fn a_debian_becomes_an_image_like_dockers() {
     let store = TestStore::new();
-    let options = BootstrapOptions { suite: "debian:bookworm".into(), ..BootstrapOptions::default() };
+    let options = BootstrapOptions {
+        suite: "debian:bookworm".into(),
+        ..BootstrapOptions::default()
+    };
     let started = std::time::Instant::now();
-    let digest = bootstrap(&store.blobs, &options, &Progress::silent()).await.unwrap();
+    let digest = bootstrap(&store.blobs, &options, &Progress::silent())
+        .await
+        .unwrap();
     let image = StoredImage::load(&store.blobs, &digest).unwrap();
     let layer = &image.layers[0];
-    writeln!(std::io::stderr(), "{:.1} s, {} bytes", started.elapsed().as_secs_f64(), layer.size).unwrap();
+    writeln!(
+        std::io::stderr(),
+        "{:.1} s, {} bytes",
+        started.elapsed().as_secs_f64(),
+        layer.size
+    )
+    .unwrap();
     assert_eq!(image.config.cmd, ["bash"]);
     assert_eq!(layer.compression, Compression::None);
     let mut names = std::collections::BTreeSet::new();
     let mut archive = tar::Archive::new(store.blobs.open_blob(&layer.digest).unwrap());
     for entry in archive.entries().unwrap() {
         let entry = entry.unwrap();
-        let path = entry.path().unwrap().to_string_lossy().trim_start_matches("./").trim_end_matches('/').to_owned();
-        assert!(entry.header().mtime().unwrap() <= midnight(), "{path} is of today");
+        let path = entry
+            .path()
+            .unwrap()
+            .to_string_lossy()
+            .trim_start_matches("./")
+            .trim_end_matches('/')
+            .to_owned();
+        assert!(
+            entry.header().mtime().unwrap() <= midnight(),
+            "{path} is of today"
+        );
         if path == "etc/machine-id" {
             assert_eq!(entry.size(), 0);
         }
         names.insert(path);
     }
-    for there in ["usr/bin/apt-get", "usr/bin/bash", "usr/share/zoneinfo/Europe/Berlin", "etc/apt/sources.list"] {
+    for there in [
+        "usr/bin/apt-get",
+        "usr/bin/bash",
+        "usr/share/zoneinfo/Europe/Berlin",
+        "etc/apt/sources.list",
+    ] {
         assert!(names.contains(there), "{there}");
     }
     let rest = names.iter().filter(|name| {
         ["etc/resolv.conf", "etc/hostname"].contains(&name.as_str())
-            || name.starts_with("var/lib/apt/lists/") && name.matches('/').count() > 3 && !name.contains("partial")
+            || name.starts_with("var/lib/apt/lists/") && !name.ends_with("lock") && !name.ends_with("partial")
             || name.starts_with("var/cache/apt/") && name.ends_with("bin")
             || name.ends_with(".deb")
     });

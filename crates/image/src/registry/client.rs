@@ -6,15 +6,17 @@
 use std::sync::Once;
 use std::time::Duration;
 
-use offshoot_model::Digest;
 use oci_client::RegistryOperation;
 use oci_client::client::{BlobResponse, ClientConfig, ClientProtocol};
 use oci_spec::distribution::Reference;
+use offshoot_model::Digest;
 use sha2::{Digest as _, Sha256};
 
 use super::error::{Peer, PullError};
 use super::{PullOptions, RegistryAuth};
-use crate::manifest::{DOCKER_INDEX, DOCKER_MANIFEST, MANIFEST_LIMIT, ManifestError, OCI_INDEX, OCI_MANIFEST};
+use crate::manifest::{
+    DOCKER_INDEX, DOCKER_MANIFEST, MANIFEST_LIMIT, ManifestError, OCI_INDEX, OCI_MANIFEST,
+};
 use crate::reference::ImageReference;
 
 /// Long enough for a slow DNS server and three SYNs.
@@ -42,12 +44,19 @@ enum Authorization {
 
 impl Client {
     /// Connects and authenticates.
-    pub(super) async fn connect(reference: &ImageReference, options: &PullOptions) -> Result<Self, PullError> {
+    pub(super) async fn connect(
+        reference: &ImageReference,
+        options: &PullOptions,
+    ) -> Result<Self, PullError> {
         install_tls_provider();
         let plain_http =
             reference.is_loopback() || options.plain_http.iter().any(|host| host == reference.registry());
         let config = ClientConfig {
-            protocol: if plain_http { ClientProtocol::Http } else { ClientProtocol::Https },
+            protocol: if plain_http {
+                ClientProtocol::Http
+            } else {
+                ClientProtocol::Https
+            },
             connect_timeout: Some(CONNECT_TIMEOUT),
             read_timeout: Some(READ_TIMEOUT),
             user_agent: USER_AGENT,
@@ -60,8 +69,13 @@ impl Client {
             .user_agent(USER_AGENT)
             .build()
             .map_err(|e| PullError::Client { source: e.into() })?;
-        let mut client =
-            Self { oci, http, reference: reference.clone(), plain_http, authorization: Authorization::None };
+        let mut client = Self {
+            oci,
+            http,
+            reference: reference.clone(),
+            plain_http,
+            authorization: Authorization::None,
+        };
         client.authenticate(&options.auth).await?;
         Ok(client)
     }
@@ -80,7 +94,9 @@ impl Client {
             .map_err(|error| self.peer().client(error, None))?;
         self.authorization = match (token, auth) {
             (Some(token), _) => Authorization::Bearer(token),
-            (None, RegistryAuth::Basic { user, password }) => Authorization::Basic(user.clone(), password.clone()),
+            (None, RegistryAuth::Basic { user, password }) => {
+                Authorization::Basic(user.clone(), password.clone())
+            }
             _ => Authorization::None,
         };
         Ok(())
@@ -107,8 +123,11 @@ impl Client {
         };
         let scheme = if self.plain_http { "http" } else { "https" };
         let reference = self.oci_reference();
-        let url =
-            format!("{scheme}://{}/v2/{}/manifests/{which}", reference.resolve_registry(), reference.repository());
+        let url = format!(
+            "{scheme}://{}/v2/{}/manifests/{which}",
+            reference.resolve_registry(),
+            reference.repository()
+        );
         let accept = [OCI_MANIFEST, OCI_INDEX, DOCKER_MANIFEST, DOCKER_INDEX].join(", ");
         let request = self.http.get(url).header("Accept", accept);
         let request = match &self.authorization {
@@ -121,7 +140,11 @@ impl Client {
         let status = response.status().as_u16();
         match status {
             200 => {}
-            404 => return Err(PullError::NotFound { reference: self.reference.to_string() }),
+            404 => {
+                return Err(PullError::NotFound {
+                    reference: self.reference.to_string(),
+                });
+            }
             _ => {
                 let (body, _) = read(response, ERROR_LIMIT).await.map_err(broken)?;
                 return Err(self.peer().status(status, &body));
@@ -129,8 +152,14 @@ impl Client {
         }
         let (body, whole) = read(response, MANIFEST_LIMIT).await.map_err(broken)?;
         if !whole {
-            let source = ManifestError::TooLarge { what: "manifest", limit: MANIFEST_LIMIT };
-            return Err(PullError::Manifest { reference: self.reference.to_string(), source });
+            let source = ManifestError::TooLarge {
+                what: "manifest",
+                limit: MANIFEST_LIMIT,
+            };
+            return Err(PullError::Manifest {
+                reference: self.reference.to_string(),
+                source: source.into(),
+            });
         }
         let actual = Digest::from_bytes(Sha256::digest(&body).into());
         match expected {
@@ -154,7 +183,9 @@ impl Client {
 async fn read(mut response: reqwest::Response, limit: u64) -> Result<(Vec<u8>, bool), reqwest::Error> {
     let mut body = Vec::new();
     while let Some(chunk) = response.chunk().await? {
-        let room = usize::try_from(limit).unwrap_or(usize::MAX).saturating_sub(body.len());
+        let room = usize::try_from(limit)
+            .unwrap_or(usize::MAX)
+            .saturating_sub(body.len());
         body.extend_from_slice(&chunk[..chunk.len().min(room)]);
         if chunk.len() > room {
             return Ok((body, false));

@@ -2,13 +2,13 @@
 
 use std::io;
 
+use oci_client::errors::{OciDistributionError, OciErrorCode};
 use offshoot_model::{ByteSize, Digest, ErrorKind, Explain};
 use offshoot_store::blobs::BlobError;
-use oci_client::errors::{OciDistributionError, OciErrorCode};
 
 use crate::index;
 use crate::manifest::ManifestError;
-use crate::platform::{Platform, PlatformError};
+use crate::platform::PlatformError;
 use crate::reference::ReferenceError;
 
 /// The longest text of a registry's that goes into a message of ours.
@@ -100,7 +100,7 @@ pub enum PullError {
         reference: String,
         /// Why.
         #[source]
-        source: ManifestError,
+        source: Box<ManifestError>,
     },
     /// The manifest is not the one that was asked for.
     #[error("the registry sent another manifest than the one asked for: expected {expected}, got {actual}")]
@@ -122,7 +122,7 @@ pub enum PullError {
         /// The complete reference.
         reference: String,
         /// What was asked for.
-        wanted: Platform,
+        wanted: String,
         /// What there is.
         offered: Vec<String>,
     },
@@ -198,9 +198,10 @@ impl Explain for PullError {
             Self::Manifest { source, .. } => source.kind(),
             Self::Store { source } => source.kind(),
             Self::NoRoom { .. } => ErrorKind::NoSpace,
-            Self::ManifestDigest { .. } | Self::TooLong { .. } | Self::Digest { .. } | Self::TooDeep { .. } => {
-                ErrorKind::BadContent
-            }
+            Self::ManifestDigest { .. }
+            | Self::TooLong { .. }
+            | Self::Digest { .. }
+            | Self::TooDeep { .. } => ErrorKind::BadContent,
             Self::Client { .. } => ErrorKind::Internal,
             _ => ErrorKind::Upstream,
         }
@@ -212,12 +213,18 @@ impl Explain for PullError {
             Self::Manifest { source, .. } => return source.hints(),
             Self::Store { source } => return source.hints(),
             Self::Client { .. } => "install `ca-certificates`".into(),
-            Self::Unreachable { registry, plain_http: false, .. } => format!(
-                "check the name {registry}; if it speaks plain HTTP, add it to `plain-http` in the daemon's configuration"
+            Self::Unreachable {
+                registry,
+                plain_http: false,
+                ..
+            } => format!(
+                "check the name {registry}; if it speaks plain HTTP, add it to `insecure_registries` in the daemon's configuration"
             ),
             Self::Unreachable { registry, .. } => format!("check that a registry listens on {registry}"),
             Self::Denied { registry, .. } => {
-                format!("check the name, or log in with `docker login {registry}`; ~/.docker/config.json is read")
+                format!(
+                    "check the name, or log in with `docker login {registry}`; ~/.docker/config.json is read"
+                )
             }
             Self::NotFound { .. } => "check name and tag, or see what there is in `offshoot image ls`".into(),
             Self::Platform { .. } => "pull an image for this machine: VMs run on its own architecture".into(),
@@ -232,7 +239,11 @@ impl Explain for PullError {
 }
 
 fn colon(said: &str) -> String {
-    if said.is_empty() { String::new() } else { format!(": {said}") }
+    if said.is_empty() {
+        String::new()
+    } else {
+        format!(": {said}")
+    }
 }
 
 /// What a registry said, fit for a message: the first error of its envelope, or the text itself, short and on one line.
@@ -258,7 +269,11 @@ pub(super) fn quote(body: &[u8]) -> String {
         Err(_) if body.trim_ascii_start().starts_with(b"<") => String::new(),
         Err(_) => String::from_utf8_lossy(body).into_owned(),
     };
-    text.trim().chars().take(QUOTE_LENGTH).map(|c| if c.is_control() { ' ' } else { c }).collect()
+    text.trim()
+        .chars()
+        .take(QUOTE_LENGTH)
+        .map(|c| if c.is_control() { ' ' } else { c })
+        .collect()
 }
 
 /// Whom we spoke to and about what, for turning the client's errors into ours.
@@ -270,22 +285,41 @@ pub(super) struct Peer<'a> {
 
 impl Peer<'_> {
     pub(super) fn denied(&self, said: String) -> PullError {
-        PullError::Denied { registry: self.registry.into(), repository: self.repository.into(), said }
+        PullError::Denied {
+            registry: self.registry.into(),
+            repository: self.repository.into(),
+            said,
+        }
     }
 
-    pub(super) fn request(&self, is_connect: bool, source: impl std::error::Error + Send + Sync + 'static) -> PullError {
+    pub(super) fn request(
+        &self,
+        is_connect: bool,
+        source: impl std::error::Error + Send + Sync + 'static,
+    ) -> PullError {
         let registry = self.registry.into();
         if is_connect {
-            PullError::Unreachable { registry, plain_http: self.plain_http, source: source.into() }
+            PullError::Unreachable {
+                registry,
+                plain_http: self.plain_http,
+                source: source.into(),
+            }
         } else {
-            PullError::Connection { registry, source: source.into() }
+            PullError::Connection {
+                registry,
+                source: source.into(),
+            }
         }
     }
 
     pub(super) fn status(&self, status: u16, body: &[u8]) -> PullError {
         match status {
             401 | 403 => self.denied(quote(body)),
-            _ => PullError::Status { registry: self.registry.into(), status, said: quote(body) },
+            _ => PullError::Status {
+                registry: self.registry.into(),
+                status,
+                said: quote(body),
+            },
         }
     }
 
@@ -304,16 +338,17 @@ impl Peer<'_> {
                     }
                     (Some(OciErrorCode::Toomanyrequests), _) => self.status(429, b""),
                     (_, Some(digest)) => PullError::MissingBlob { digest },
-                    (_, None) => {
-                        self.status(400, first.map(|e| e.message).unwrap_or_default().as_bytes())
-                    }
+                    (_, None) => self.status(400, first.map(|e| e.message).unwrap_or_default().as_bytes()),
                 }
             }
             E::ServerError { code, message, .. } => match digest {
                 Some(digest) if code == 404 => PullError::MissingBlob { digest },
                 _ => self.status(code, message.as_bytes()),
             },
-            other => PullError::Protocol { registry: self.registry.into(), source: other.into() },
+            other => PullError::Protocol {
+                registry: self.registry.into(),
+                source: other.into(),
+            },
         }
     }
 }
@@ -325,7 +360,10 @@ mod tests {
     #[test]
     fn what_registries_say_is_quoted_short_and_on_one_line() {
         let check = |body: &str, expected: &str| assert_eq!(quote(body.as_bytes()), expected, "{body}");
-        check(r#"{"errors":[{"code":"DENIED","message":"access\nrefused","detail":null}]}"#, "access refused");
+        check(
+            r#"{"errors":[{"code":"DENIED","message":"access\nrefused","detail":null}]}"#,
+            "access refused",
+        );
         check(r#"{"errors":[{"code":"DENIED"}]}"#, "DENIED");
         check(r#"{"errors":[]}"#, "");
         check("  <html>no</html>", "");

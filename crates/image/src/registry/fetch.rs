@@ -10,9 +10,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::StreamExt;
+use oci_client::client::BlobResponse;
 use offshoot_model::{Progress, ProgressUnit, TaskId};
 use offshoot_store::blobs::{BlobDownload, BlobError, BlobStore};
-use oci_client::client::BlobResponse;
 use tokio::sync::mpsc;
 use tokio::task::spawn_blocking;
 
@@ -39,7 +39,9 @@ pub(super) async fn ensure(
     label: &str,
     progress: &Progress,
 ) -> Result<(), PullError> {
-    let Some(mut download) = begin(store, blob).await? else { return Ok(()) };
+    let Some(mut download) = begin(store, blob).await? else {
+        return Ok(());
+    };
     let mut resumed = download.written() > 0;
     let task = progress.start(label, ProgressUnit::Bytes, Some(blob.size));
     progress.moved(task, download.written().min(blob.size));
@@ -68,7 +70,9 @@ pub(super) async fn ensure(
                 Some(again) => (download, resumed) = (again, false),
                 None => break,
             },
-            Err(BlobError::Mismatch { expected, actual }) => return Err(PullError::Digest { expected, actual }),
+            Err(BlobError::Mismatch { expected, actual }) => {
+                return Err(PullError::Digest { expected, actual });
+            }
             Err(error) => return Err(error.into()),
         }
     }
@@ -144,13 +148,23 @@ async fn receive(
         }
     }
     drop(sender);
-    let (download, result) = writer.await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
-    let Blob { digest, size: expected } = blob;
+    let (download, result) = writer
+        .await
+        .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()));
+    let Blob {
+        digest,
+        size: expected,
+    } = blob;
     let actual = download.written();
     let result = match result {
         Err(error) => Err(error.into()),
         Ok(()) if too_long => Err(PullError::TooLong { digest, expected }),
-        Ok(()) if actual < expected => Err(PullError::Truncated { digest, expected, actual, source: broken }),
+        Ok(()) if actual < expected => Err(PullError::Truncated {
+            digest,
+            expected,
+            actual,
+            source: broken,
+        }),
         Ok(()) => Ok(()),
     };
     (download, result)
@@ -170,10 +184,16 @@ fn write_all(
 }
 
 fn write_error(download: &BlobDownload, source: io::Error) -> BlobError {
-    BlobError::Io { action: "write", path: download.path().to_owned(), source }
+    BlobError::Io {
+        action: "write",
+        path: download.path().to_owned(),
+        source,
+    }
 }
 
 /// Runs file work where it may block. It is never cancelled, so a panic is the only way for it to be lost.
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    spawn_blocking(work).await.unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
+    spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
 }

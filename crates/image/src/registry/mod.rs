@@ -22,7 +22,9 @@ pub use self::error::PullError;
 
 use self::client::Client;
 use crate::index::{self, MAX_DEPTH};
-use crate::manifest::{Blob, CONFIG_LIMIT, Config, Document, IndexEntry, Manifest, ManifestError, StoredImage};
+use crate::manifest::{
+    Blob, CONFIG_LIMIT, Config, Document, IndexEntry, Manifest, ManifestError, StoredImage,
+};
 use crate::platform::Platform;
 use crate::reference::ImageReference;
 
@@ -55,7 +57,10 @@ impl fmt::Debug for RegistryAuth {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Anonymous => f.write_str("Anonymous"),
-            Self::Basic { user, .. } => f.debug_struct("Basic").field("user", user).finish_non_exhaustive(),
+            Self::Basic { user, .. } => f
+                .debug_struct("Basic")
+                .field("user", user)
+                .finish_non_exhaustive(),
             Self::Bearer(_) => f.write_str("Bearer(..)"),
         }
     }
@@ -84,12 +89,22 @@ pub async fn pull(
     let reference: ImageReference = reference.parse()?;
     let wanted = Platform::parse_or_host(options.platform.as_deref())?;
     let client = Client::connect(&reference, options).await?;
-    let mut search = Search { client: &client, store, reference: &reference, wanted: &wanted, offered: Vec::new() };
+    let mut search = Search {
+        client: &client,
+        store,
+        reference: &reference,
+        wanted: &wanted,
+        offered: Vec::new(),
+    };
     let Some((bytes, image)) = search.find(progress).await? else {
         let mut offered = search.offered;
         offered.sort();
         offered.dedup();
-        return Err(PullError::Platform { reference: reference.to_string(), wanted, offered });
+        return Err(PullError::Platform {
+            reference: reference.to_string(),
+            wanted: wanted.to_string(),
+            offered,
+        });
     };
     fetch_layers(&client, store, &image, progress).await?;
     Ok(store.put(&bytes)?)
@@ -118,7 +133,9 @@ impl Search<'_> {
                     }
                 }
                 Document::Index(_) if depth == MAX_DEPTH => {
-                    return Err(PullError::TooDeep { reference: self.reference.to_string() });
+                    return Err(PullError::TooDeep {
+                        reference: self.reference.to_string(),
+                    });
                 }
                 Document::Index(entries) => {
                     self.offered.extend(index::offered(&entries));
@@ -153,7 +170,10 @@ impl Search<'_> {
     }
 
     fn manifest_error(&self, source: ManifestError) -> PullError {
-        PullError::Manifest { reference: self.reference.to_string(), source }
+        PullError::Manifest {
+            reference: self.reference.to_string(),
+            source: source.into(),
+        }
     }
 }
 
@@ -164,7 +184,11 @@ async fn fetch_layers(
     progress: &Progress,
 ) -> Result<(), PullError> {
     // A layer may occur twice, and must not wait for itself.
-    let layers: BTreeMap<Digest, u64> = image.layers.iter().map(|layer| (layer.digest, layer.size)).collect();
+    let layers: BTreeMap<Digest, u64> = image
+        .layers
+        .iter()
+        .map(|layer| (layer.digest, layer.size))
+        .collect();
     let missing: Vec<Blob> = layers
         .into_iter()
         .filter(|(digest, size)| store.size(digest).ok() != Some(*size))
@@ -183,7 +207,9 @@ async fn fetch_layers(
 
 /// Refuses now what would fill the disk later.
 fn check_room(store: &BlobStore, image: &StoredImage, missing: &[Blob]) -> Result<(), PullError> {
-    let needed = missing.iter().fold(0_u64, |sum, blob| sum.saturating_add(blob.size));
+    let needed = missing
+        .iter()
+        .fold(0_u64, |sum, blob| sum.saturating_add(blob.size));
     // Where it cannot be asked, the write itself will tell.
     let available = offshoot_sys::space::available(&store.path(&image.config_digest)).unwrap_or(u64::MAX);
     if needed > available {
