@@ -8,3 +8,5 @@ pub mod process;
 pub mod random;
 pub mod signal;
 pub mod space;
+pub mod tsc;
+pub mod tsc;

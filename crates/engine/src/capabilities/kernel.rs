@@ -18,14 +18,18 @@ use crate::run::Run;
 ///
 /// `quiet loglevel=4`: every byte on the console is an exit of the guest. `panic=-1`: a panic resets at once, and the
 /// VMM, started with no reboot, ends. `tsc=reliable no_timer_check`: no calibration loops against a virtual timer.
-/// `random.trust_cpu=on`: the pool does not wait; the agent adds the host's entropy before anything runs.
-const COMMAND_LINE: [&str; 8] = [
+/// `cryptomgr.notests`: self-tests of ciphers take a fifth of an emulated boot. `random.trust_cpu=on`: the pool does not
+/// wait; the agent adds the host's entropy before anything runs. `noreplace-smp`, `rcu_expedited`: no patching and no
+/// waiting for grace periods that one vCPU has for itself.
+const COMMAND_LINE: [&str; 10] = [
     "quiet",
     "loglevel=4",
     "panic=-1",
     "tsc=reliable",
     "no_timer_check",
+    "cryptomgr.notests",
     "random.trust_cpu=on",
+    "noreplace-smp",
     "rcupdate.rcu_expedited=1",
     "8250.nr_uarts=1",
 ];

@@ -24,7 +24,9 @@ use offshoot_sys::lock::FileLock;
 use sha2::{Digest as _, Sha256};
 
 use super::error::PrepareError;
-use super::manifest::{BaseManifest, FORMAT, MANIFEST, OVERLAY_SEED, ROOT, RootInfo, SeedInfo, VARIANT, root_uuid};
+use super::manifest::{
+    BaseManifest, FORMAT, MANIFEST, OVERLAY_SEED, ROOT, RootInfo, SeedInfo, VARIANT, root_uuid,
+};
 use super::{Base, Shared, waiting_for};
 use crate::erofs::{DataWriter, SpaceGuard, Written};
 use crate::seed::{SEED_SIZE, SeedError, make_disk, mke2fs_version};
@@ -52,7 +54,12 @@ pub(super) fn prepare(
     progress: &Progress,
     cancelled: &AtomicBool,
 ) -> Result<Base, PrepareError> {
-    let job = Job { shared, image, progress, cancelled };
+    let job = Job {
+        shared,
+        image,
+        progress,
+        cancelled,
+    };
     let _lock = job.lock(id)?;
     if let Ok(base) = shared.load(id) {
         return Ok(base);
@@ -62,13 +69,22 @@ pub(super) fn prepare(
     let dir = shared.dir(id);
     // What is there is damaged, or it would have been taken.
     staging.publish_replacing(&dir).map_err(job.io("publish", &dir))?;
-    Ok(Base { id: id.clone(), dir, manifest })
+    Ok(Base {
+        id: id.clone(),
+        dir,
+        manifest,
+    })
 }
 
 impl Job<'_> {
     fn io(&self, action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PrepareError {
         let (image, path) = (self.image.digest, path.to_owned());
-        move |source| PrepareError::Io { image, action, path, source: Arc::new(source) }
+        move |source| PrepareError::Io {
+            image,
+            action,
+            path,
+            source: Arc::new(source),
+        }
     }
 
     fn is_cancelled(&self) -> bool {
@@ -77,7 +93,9 @@ impl Job<'_> {
 
     fn check_cancelled(&self) -> Result<(), PrepareError> {
         if self.is_cancelled() {
-            return Err(PrepareError::Cancelled { image: self.image.digest });
+            return Err(PrepareError::Cancelled {
+                image: self.image.digest,
+            });
         }
         Ok(())
     }
@@ -103,14 +121,18 @@ impl Job<'_> {
         thread::scope(|scope| {
             let seed = scope.spawn(|| make_seed(&dir.join(OVERLAY_SEED)));
             let root = self.root(&dir.join(ROOT));
-            let seed = seed.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let seed = seed
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
             let manifest = BaseManifest {
                 format: FORMAT,
                 image: self.image.digest,
                 variant: VARIANT.to_owned(),
                 root: root?,
-                overlay_seed: seed
-                    .map_err(|source| PrepareError::Seed { image: self.image.digest, source: Arc::new(source) })?,
+                overlay_seed: seed.map_err(|source| PrepareError::Seed {
+                    image: self.image.digest,
+                    source: Arc::new(source),
+                })?,
             };
             for name in [ROOT, OVERLAY_SEED] {
                 let path = dir.join(name);
@@ -119,6 +141,9 @@ impl Job<'_> {
             }
             let path = dir.join(MANIFEST);
             write_file(&path, &manifest.to_json()).map_err(self.io("write", &path))?;
+            // VMMs run as other users and read the root; the data directory above keeps everybody else out.
+            std::fs::set_permissions(dir, Permissions::from_mode(0o755))
+                .map_err(self.io("set the mode of", dir))?;
             self.check_cancelled()?;
             Ok(manifest)
         })
@@ -127,15 +152,21 @@ impl Job<'_> {
     fn root(&self, path: &Path) -> Result<RootInfo, PrepareError> {
         let guard = match self.shared.config.guard {
             Some(guard) => guard,
-            None => SpaceGuard::of_disk(&self.shared.tmp).map_err(self.io("look at the room in", &self.shared.tmp))?,
+            None => SpaceGuard::of_disk(&self.shared.tmp)
+                .map_err(self.io("look at the room in", &self.shared.tmp))?,
         };
         let mut writer = DataWriter::create(path, guard).map_err(self.io("create", path))?;
         let tree = self.layers(&mut writer)?;
-        let task = self.progress.start(format!("writing {ROOT}"), ProgressUnit::Bytes, None);
+        let task = self
+            .progress
+            .start(format!("writing {ROOT}"), ProgressUnit::Bytes, None);
         let image = self.image.digest;
         let written = writer
             .finish(&tree, root_uuid(&image))
-            .map_err(|source| PrepareError::Root { image, source: Arc::new(source) })?;
+            .map_err(|source| PrepareError::Root {
+                image,
+                source: Arc::new(source),
+            })?;
         drop(tree);
         let Written { file, size, inodes } = &written;
         // The one waits for the disk and the other for the processor.
@@ -145,10 +176,16 @@ impl Job<'_> {
                 self.progress.moved(task, done);
                 !self.is_cancelled()
             });
-            (sync.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)), hashed)
+            (
+                sync.join()
+                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+                hashed,
+            )
         });
         synced.map_err(self.io("write", path))?;
-        let sha256 = hashed.map_err(self.io("read", path))?.ok_or(PrepareError::Cancelled { image })?;
+        let sha256 = hashed
+            .map_err(self.io("read", path))?
+            .ok_or(PrepareError::Cancelled { image })?;
         let allocated = file.metadata().map_err(self.io("look at", path))?.blocks() * 512;
         self.progress.finish(task);
         Ok(RootInfo {
@@ -165,13 +202,19 @@ impl Job<'_> {
         let image = self.image.digest;
         let failed = |error| match error {
             LayerError::Cancelled { .. } => PrepareError::Cancelled { image },
-            error => PrepareError::Layer { image, source: Arc::new(error) },
+            error => PrepareError::Layer {
+                image,
+                source: Arc::new(error),
+            },
         };
         let mut budget = Budget::new(self.shared.config.limits);
         let mut tree = Tree::new();
         for layer in &self.image.layers {
             let blob = self.shared.blobs.open_blob(&layer.digest);
-            let blob = blob.map_err(|source| PrepareError::Blob { image, source: Arc::new(source) })?;
+            let blob = blob.map_err(|source| PrepareError::Blob {
+                image,
+                source: Arc::new(source),
+            })?;
             let label = format!("unpacking {}", layer.digest.short());
             let task = self.progress.start(label, ProgressUnit::Bytes, Some(layer.size));
             let (progress, cancelled) = (self.progress.clone(), self.cancelled);
@@ -179,7 +222,8 @@ impl Job<'_> {
                 cancelled: &|| cancelled.load(Ordering::Relaxed),
                 moved: &|done| progress.moved(task, done),
             };
-            let entries = read_layer(LayerSource { layer, blob }, &mut budget, writer, watch).map_err(failed)?;
+            let entries =
+                read_layer(LayerSource { layer, blob }, &mut budget, writer, watch).map_err(failed)?;
             tree.apply(entries).map_err(failed)?;
             self.progress.finish(task);
         }
@@ -189,7 +233,10 @@ impl Job<'_> {
 
 fn make_seed(path: &PathBuf) -> Result<SeedInfo, SeedError> {
     make_disk(path, SEED_SIZE)?;
-    Ok(SeedInfo { size: SEED_SIZE, writer: format!("mke2fs {}", mke2fs_version()?) })
+    Ok(SeedInfo {
+        size: SEED_SIZE,
+        writer: format!("mke2fs {}", mke2fs_version()?),
+    })
 }
 
 /// The SHA-256 of a file from its start; `None` if `moved`, which hears how far it is, says to stop.

@@ -7,6 +7,8 @@
 mod image_rows;
 mod vm_rows;
 
+use std::fs::OpenOptions;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -35,6 +37,15 @@ pub enum DbError {
         /// SQLite's words.
         #[source]
         source: rusqlite::Error,
+    },
+    /// The file could not be made.
+    #[error("cannot make the database {}", path.display())]
+    Create {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
     },
     /// It was written by a newer version.
     #[error("the database {} has schema {found}, newer than {known}, the newest this version knows", path.display())]
@@ -141,6 +152,9 @@ impl Db {
 
     fn open_with(path: &Path, migrations: &[M<'static>]) -> Result<Self, DbError> {
         let open_error = |source| DbError::Open { path: path.to_owned(), source };
+        // SQLite gives its other files the mode of this one; VMMs pass through the folder and must not read it.
+        let made = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+        made.map_err(|source| DbError::Create { path: path.to_owned(), source })?;
         let mut connection = Connection::open(path).map_err(open_error)?;
         connection.busy_timeout(BUSY_TIMEOUT).map_err(open_error)?;
         let version: i64 =

@@ -1,0 +1,65 @@
+//! The image and the kernel that tests start from, made once by the real commands.
+
+use std::fs::File;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use crate::{IMAGE, bin_dir, wait_until};
+
+fn folder() -> PathBuf {
+    bin_dir().parent().expect("target").join("e2e/golden")
+}
+
+/// Fills a data directory: immutable files as hard links, the database as a copy.
+pub(crate) fn link_into(data: &Path) {
+    let golden = folder();
+    ensure(&golden);
+    for shared in ["blobs", "bases", "kernels"] {
+        let status = Command::new("cp").arg("-al").arg(golden.join(shared)).arg(data.join("..").join(shared)).status();
+        assert!(status.is_ok_and(|status| status.success()), "cp -al");
+    }
+    std::fs::create_dir_all(data).expect("a data directory");
+    for shared in ["blobs", "bases", "kernels"] {
+        std::fs::rename(data.join("..").join(shared), data.join(shared)).expect("rename");
+    }
+    std::fs::copy(golden.join("offshoot.db"), data.join("offshoot.db")).expect("the database");
+}
+
+/// Makes the golden directory unless it is there. One process makes it, others wait.
+fn ensure(golden: &Path) {
+    let parent = golden.parent().expect("target/e2e");
+    std::fs::create_dir_all(parent).expect("target/e2e");
+    let lock = File::create(parent.join("golden.lock")).expect("a lock file");
+    lock.lock().expect("the lock");
+    if golden.join("offshoot.db").exists() {
+        return;
+    }
+    let root = parent.join("making");
+    let _ = std::fs::remove_dir_all(&root);
+    std::fs::create_dir_all(&root).expect("a folder");
+    std::fs::set_permissions(&root, PermissionsExt::from_mode(0o711)).expect("chmod");
+    let mut daemon = crate::spawn(&root);
+    let socket = root.join("run/api.sock");
+    let offshoot = |arguments: &[&str]| {
+        let mut command = Command::new(bin_dir().join("offshoot"));
+        command.env("OFFSHOOT_SOCKET", &socket).args(arguments).stdin(Stdio::null()).output().expect("the CLI")
+    };
+    wait_until("the daemon to answer", || offshoot(&["system", "info"]).status.success());
+    for arguments in [&["kernel", "add", "--distro"][..], &["image", "bootstrap", IMAGE]] {
+        let output = offshoot(arguments);
+        assert!(
+            output.status.success(),
+            "offshoot {arguments:?}: {}\n{}",
+            String::from_utf8_lossy(&output.stderr),
+            std::fs::read_to_string(root.join("daemon.log")).unwrap_or_default()
+        );
+    }
+    let pid = rustix::process::Pid::from_child(&daemon);
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
+    daemon.wait().expect("the daemon ends");
+    // Everything is in the database file itself once its last user closed it.
+    assert!(!root.join("data/offshoot.db-wal").exists(), "the daemon did not close its database");
+    std::fs::rename(root.join("data"), golden).expect("rename");
+    let _ = std::fs::remove_dir_all(&root);
+}

@@ -1,0 +1,305 @@
+//! Tests with real VMs: a daemon of the test's own, the real CLI, and a check that nothing is left.
+//!
+//! Every test has its own data and run directories. An image and a kernel are made once and kept below
+//! `target/e2e/golden`; a test's data directory shares their immutable files by hard links. Programs are those in
+//! `target/<profile>` beside the test. Needs root; where something is missing the test fails and says what: nothing is
+//! skipped silently.
+
+#![expect(missing_docs, reason = "a test harness: the names say it, and nobody else calls it")]
+#![expect(clippy::disallowed_methods, reason = "the harness polls processes that it does not control")]
+#![expect(clippy::print_stderr, reason = "what a failed test said is for people")]
+
+mod golden;
+mod leaks;
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Write as _;
+use std::os::unix::fs::PermissionsExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+pub use leaks::Inventory;
+
+/// The image that every test finds in its store.
+pub const IMAGE: &str = "debian:bookworm";
+
+/// How long anything may take before the test fails: an emulated guest on a busy machine is slow.
+pub const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Where the programs under test are.
+pub fn bin_dir() -> PathBuf {
+    // target/<profile>/deps/<test> → target/<profile>
+    let exe = std::env::current_exe().expect("a test knows its own path");
+    exe.ancestors().nth(2).expect("tests lie in target/<profile>/deps").to_owned()
+}
+
+/// A daemon with directories of its own.
+pub struct Daemon {
+    child: Child,
+    before: Inventory,
+    small_disk: Option<SmallDisk>,
+    root: tempfile::TempDir,
+}
+
+/// A mounted file system of its own; unmounted when dropped.
+struct SmallDisk(PathBuf);
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+impl Daemon {
+    /// A daemon with the golden image and kernel.
+    pub fn start() -> Self {
+        let root = Self::folder();
+        golden::link_into(&root.path().join("data"));
+        Self::start_in(root, None)
+    }
+
+    /// A daemon with nothing in it.
+    pub fn start_empty() -> Self {
+        Self::start_in(Self::folder(), None)
+    }
+
+    /// A daemon with nothing in it, whose data directory is a file system of so many MiB.
+    pub fn start_on_small_disk(mib: u64) -> Self {
+        let root = Self::folder();
+        let data = root.path().join("data");
+        std::fs::create_dir(&data).expect("a folder");
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
+            .arg(&data)
+            .status()
+            .expect("mount");
+        assert!(mounted.success(), "mount");
+        Self::start_in(root, Some(SmallDisk(data)))
+    }
+
+    fn folder() -> tempfile::TempDir {
+        let root = tempfile::Builder::new().prefix("offshoot-e2e-").tempdir().expect("a temporary folder");
+        // VMMs run as other users and pass through.
+        std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o711)).expect("chmod");
+        root
+    }
+
+    fn start_in(root: tempfile::TempDir, small_disk: Option<SmallDisk>) -> Self {
+        // A disk that the test itself mounted is no leak.
+        let mut before = Inventory::of(root.path());
+        before.mounts.clear();
+        let child = spawn(root.path());
+        let daemon = Self { child, before, small_disk, root };
+        daemon.wait_ready();
+        daemon
+    }
+
+    fn wait_ready(&self) {
+        wait_until("the daemon to answer", || self.cli(["system", "info"]).run().status.success());
+    }
+
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    pub fn data(&self) -> PathBuf {
+        self.root.path().join("data")
+    }
+
+    pub fn socket(&self) -> PathBuf {
+        self.root.path().join("run/api.sock")
+    }
+
+    /// What the daemon logged.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.root.path().join("daemon.log")).unwrap_or_default()
+    }
+
+    /// `offshoot ARGUMENTS` against this daemon.
+    pub fn cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Cli {
+        let mut command = Command::new(bin_dir().join("offshoot"));
+        command.env("OFFSHOOT_SOCKET", self.socket()).env("HOME", self.root.path()).args(arguments);
+        Cli { command, stdin: None }
+    }
+
+    /// Runs a command that must succeed; gives its standard output.
+    pub fn ok<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> String {
+        self.cli(arguments).ok()
+    }
+
+    /// What `inspect` says.
+    pub fn inspect(&self, vm: &str) -> serde_json::Value {
+        let text = self.ok(["inspect", vm]);
+        let value: serde_json::Value = serde_json::from_str(&text).expect("inspect prints JSON");
+        match value {
+            serde_json::Value::Array(mut values) => values.remove(0),
+            other => other,
+        }
+    }
+
+    /// The state that `inspect` shows.
+    pub fn state(&self, vm: &str) -> String {
+        self.inspect(vm)["state"].as_str().unwrap_or_default().to_owned()
+    }
+
+    /// kill -9, and wait for it to be gone.
+    pub fn kill(&mut self) {
+        self.child.kill().expect("kill");
+        self.child.wait().expect("wait");
+    }
+
+    /// Starts it again on the same directories.
+    pub fn start_again(&mut self) {
+        self.child = spawn(self.root.path());
+        self.wait_ready();
+    }
+
+    /// Removes every VM, stops the daemon and fails if anything is left of it.
+    pub fn finish(mut self) {
+        self.remove_all();
+        assert_eq!(self.ok(["ps", "-aq"]), "", "VMs are left");
+        let data = self.data();
+        assert_eq!(names(&data.join("vms")), [""; 0], "files of VMs are left");
+        assert_eq!(names(&data.join("tmp")), [""; 0], "unpublished work is left");
+        assert_eq!(names(&self.root.path().join("run/vms")), [""; 0], "sockets of VMs are left");
+        self.stop();
+        self.small_disk = None;
+        let after = Inventory::of(self.root.path());
+        assert_eq!(after, self.before, "something is left on this machine");
+    }
+
+    fn remove_all(&self) {
+        let ids = self.ok(["ps", "-aq"]);
+        if !ids.is_empty() {
+            self.ok(["rm", "-f"].into_iter().chain(ids.split_whitespace()));
+        }
+    }
+
+    fn stop(&mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Daemon {
+    /// After a failed test: end what it started, by its own records.
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log\n{}", self.log());
+            let _ = self.cli(["ps", "-aq"]).run();
+            if self.child.try_wait().is_ok_and(|exit| exit.is_some()) {
+                self.child = spawn(self.root.path());
+                let began = Instant::now();
+                while began.elapsed() < Duration::from_secs(5) && !self.cli(["version"]).run().status.success() {
+                    std::thread::sleep(Duration::from_millis(50));
+                }
+            }
+            let ids = self.cli(["ps", "-aq"]).run();
+            let ids = String::from_utf8_lossy(&ids.stdout).into_owned();
+            if !ids.trim().is_empty() {
+                let _ = self.cli(["rm", "-f"].into_iter().chain(ids.split_whitespace())).run();
+            }
+        }
+        self.stop();
+    }
+}
+
+fn spawn(root: &Path) -> Child {
+    let log = File::options().create(true).append(true).open(root.join("daemon.log")).expect("the daemon's log");
+    Command::new(bin_dir().join("offshootd"))
+        .arg("--data-dir")
+        .arg(root.join("data"))
+        .arg("--run-dir")
+        .arg(root.join("run"))
+        .arg("--socket")
+        .arg(root.join("run/api.sock"))
+        .env("OFFSHOOT_LOG", "info,offshoot_engine=debug,offshoot_vmm=debug,offshootd=debug")
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .expect("offshootd starts; run `make test`, which builds it")
+}
+
+/// The names in a folder; none where it is missing.
+pub fn names(folder: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
+    let mut names: Vec<_> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.sort();
+    names
+}
+
+/// Waits for a state. Fails the test after [`PATIENCE`].
+pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !reached() {
+        assert!(began.elapsed() < PATIENCE, "waited in vain for {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// One call of the CLI.
+pub struct Cli {
+    command: Command,
+    stdin: Option<Vec<u8>>,
+}
+
+impl Cli {
+    /// What it reads from standard input; without, that is `/dev/null`.
+    pub fn stdin(mut self, bytes: impl Into<Vec<u8>>) -> Self {
+        self.stdin = Some(bytes.into());
+        self
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.command.env(name, value);
+        self
+    }
+
+    /// Starts it with pipes.
+    pub fn spawn(mut self) -> Child {
+        let stdin = if self.stdin.is_some() { Stdio::piped() } else { Stdio::null() };
+        let mut child = self
+            .command
+            .stdin(stdin)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the CLI starts");
+        if let Some(bytes) = self.stdin {
+            let mut pipe = child.stdin.take().expect("piped");
+            // The command may not read it all.
+            std::thread::spawn(move || pipe.write_all(&bytes));
+        }
+        child
+    }
+
+    pub fn run(self) -> Output {
+        self.spawn().wait_with_output().expect("the CLI ends")
+    }
+
+    /// It must succeed; gives its standard output without the last newline.
+    pub fn ok(self) -> String {
+        let shown = format!("{:?}", self.command);
+        let output = self.run();
+        assert!(output.status.success(), "{shown}: {}\n{}", output.status, text(&output.stderr));
+        text(&output.stdout).trim_end_matches('\n').to_owned()
+    }
+
+    /// It must fail with this status; gives its standard error.
+    pub fn fails(self, status: i32) -> String {
+        let shown = format!("{:?}", self.command);
+        let output = self.run();
+        let error = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(status), "{shown}: {}\n{error}", output.status);
+        error
+    }
+}
+
+/// Bytes for people.
+pub fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
