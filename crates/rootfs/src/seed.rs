@@ -75,7 +75,11 @@ pub enum SeedError {
 
 impl SeedError {
     fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_owned(), source }
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -116,23 +120,29 @@ pub fn make_disk(path: &Path, size: ByteSize) -> Result<(), SeedError> {
         .mode(0o600)
         .open(path)
         .map_err(SeedError::io("create", path))?;
-    let made = file.set_len(size.bytes()).map_err(SeedError::io("set the size of", path)).and_then(|()| {
-        let output = mke2fs()
-            .args(MKE2FS_ARGUMENTS)
-            .arg("--")
-            .arg(path)
-            .output()
-            .map_err(|source| SeedError::Spawn { source })?;
-        if output.status.success() {
-            return Ok(());
-        }
-        let said = &output.stderr[..output.stderr.len().min(COMPLAINT_LIMIT)];
-        let complaint = match String::from_utf8_lossy(said).trim() {
-            "" => output.status.to_string(),
-            said => said.to_owned(),
-        };
-        Err(SeedError::Mke2fs { path: path.to_owned(), complaint })
-    });
+    let made = file
+        .set_len(size.bytes())
+        .map_err(SeedError::io("set the size of", path))
+        .and_then(|()| {
+            let output = mke2fs()
+                .args(MKE2FS_ARGUMENTS)
+                .arg("--")
+                .arg(path)
+                .output()
+                .map_err(|source| SeedError::Spawn { source })?;
+            if output.status.success() {
+                return Ok(());
+            }
+            let said = &output.stderr[..output.stderr.len().min(COMPLAINT_LIMIT)];
+            let complaint = match String::from_utf8_lossy(said).trim() {
+                "" => output.status.to_string(),
+                said => said.to_owned(),
+            };
+            Err(SeedError::Mke2fs {
+                path: path.to_owned(),
+                complaint,
+            })
+        });
     made.inspect_err(|_| {
         // It failed; that its remains cannot be removed either adds nothing to that error.
         let _ = std::fs::remove_file(path);
@@ -142,14 +152,19 @@ pub fn make_disk(path: &Path, size: ByteSize) -> Result<(), SeedError> {
 /// Makes `dst`, which must not exist, a pristine disk of `size`: a clone of `seed`, longer where that is needed, or made
 /// anew where it is smaller. Nothing is left behind on failure.
 pub fn clone_seed(seed: &Path, dst: &Path, size: ByteSize) -> Result<DiskOrigin, SeedError> {
-    let seed_size = std::fs::metadata(seed).map_err(SeedError::io("look at", seed))?.len();
+    let seed_size = std::fs::metadata(seed)
+        .map_err(SeedError::io("look at", seed))?
+        .len();
     if size.bytes() < seed_size {
         make_disk(dst, size)?;
         return Ok(DiskOrigin::Made);
     }
     let kind = clone_file(seed, dst).map_err(SeedError::io("clone the seed to", dst))?;
     if size.bytes() > seed_size {
-        let grown = std::fs::OpenOptions::new().write(true).open(dst).and_then(|file| file.set_len(size.bytes()));
+        let grown = std::fs::OpenOptions::new()
+            .write(true)
+            .open(dst)
+            .and_then(|file| file.set_len(size.bytes()));
         grown.map_err(|source| {
             // As above: the first error is the one that counts.
             let _ = std::fs::remove_file(dst);
@@ -161,7 +176,10 @@ pub fn clone_seed(seed: &Path, dst: &Path, size: ByteSize) -> Result<DiskOrigin,
 
 /// The version of mke2fs, as it says it: `1.47.0`.
 pub fn mke2fs_version() -> Result<String, SeedError> {
-    let output = mke2fs().arg("-V").output().map_err(|source| SeedError::Spawn { source })?;
+    let output = mke2fs()
+        .arg("-V")
+        .output()
+        .map_err(|source| SeedError::Spawn { source })?;
     // `mke2fs 1.47.0 (5-Feb-2023)` on standard error.
     let said = String::from_utf8_lossy(&output.stderr);
     Ok(said.split_whitespace().nth(1).unwrap_or("unknown").to_owned())
@@ -185,8 +203,16 @@ mod tests {
     use super::*;
 
     fn fsck(disk: &Path) {
-        let output = Command::new("/sbin/e2fsck").args(["-f", "-n"]).arg(disk).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        let output = Command::new("/sbin/e2fsck")
+            .args(["-f", "-n"])
+            .arg(disk)
+            .output()
+            .unwrap();
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stdout)
+        );
     }
 
     #[test]
@@ -194,7 +220,11 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let seed = dir.path().join("seed.ext4");
         make_disk(&seed, SEED_SIZE).unwrap();
-        assert!(disk_usage(&seed).unwrap() < 512 << 10, "{} bytes", disk_usage(&seed).unwrap());
+        assert!(
+            disk_usage(&seed).unwrap() < 512 << 10,
+            "{} bytes",
+            disk_usage(&seed).unwrap()
+        );
         fsck(&seed);
         let check = |name: &str, mib: u64, cloned: bool| {
             let disk = dir.path().join(name);
@@ -202,7 +232,11 @@ mod tests {
             assert_eq!(matches!(origin, DiskOrigin::Cloned(_)), cloned, "{name}");
             let metadata = std::fs::metadata(&disk).unwrap();
             assert_eq!((metadata.len(), metadata.mode() & 0o777), (mib << 20, 0o600));
-            assert!(metadata.blocks() * 512 < 1 << 20, "{name} takes {} bytes", metadata.blocks() * 512);
+            assert!(
+                metadata.blocks() * 512 < 1 << 20,
+                "{name} takes {} bytes",
+                metadata.blocks() * 512
+            );
             fsck(&disk);
         };
         check("same", 10 << 10, true);
@@ -215,8 +249,14 @@ mod tests {
     fn a_failure_leaves_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("disk");
-        assert!(matches!(make_disk(&disk, ByteSize::from_bytes(4096)), Err(SeedError::Mke2fs { .. })));
-        assert!(matches!(clone_seed(Path::new("/no/seed"), &disk, SEED_SIZE), Err(SeedError::Io { .. })));
+        assert!(matches!(
+            make_disk(&disk, ByteSize::from_bytes(4096)),
+            Err(SeedError::Mke2fs { .. })
+        ));
+        assert!(matches!(
+            clone_seed(Path::new("/no/seed"), &disk, SEED_SIZE),
+            Err(SeedError::Io { .. })
+        ));
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
         std::fs::write(&disk, "mine").unwrap();
         assert!(matches!(make_disk(&disk, SEED_SIZE), Err(SeedError::Io { .. })));

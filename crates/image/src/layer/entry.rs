@@ -172,7 +172,12 @@ pub(super) fn interpret(header: &Header) -> Result<Asked, EntryProblem> {
         }));
     }
     let metadata = Metadata {
-        mode: header.mode,
+        // Linux shows every symbolic link so, whatever it was packed with.
+        mode: if header.kind == Kind::Symlink {
+            0o777
+        } else {
+            header.mode
+        },
         uid: header.uid,
         gid: header.gid,
         mtime: header.mtime,

@@ -292,7 +292,10 @@ impl Explain for LayerError {
             Self::Store { source, .. } if is_full(source) => {
                 vec!["make room with `offshoot prune`, or see `offshoot df`".into()]
             }
-            _ => Vec::new(),
+            Self::TooManyEntries { .. } | Self::TooManyBytes { .. } => {
+                vec!["see what its layers hold with `offshoot image inspect`, and build a smaller one".into()]
+            }
+            Self::Store { .. } | Self::Cancelled { .. } => Vec::new(),
         }
     }
 }

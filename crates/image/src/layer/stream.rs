@@ -33,12 +33,8 @@ pub(super) fn decompress(
     chunks: &SyncSender<io::Result<Chunk>>,
     to_hash: &SyncSender<Chunk>,
 ) {
-    let mut buffered;
-    let mut reader: Box<dyn Read> = match compression {
-        Compression::None => {
-            buffered = blob;
-            Box::new(&mut buffered)
-        }
+    let mut reader: Box<dyn Read + '_> = match compression {
+        Compression::None => Box::new(blob),
         Compression::Gzip => Box::new(MultiGzDecoder::new(BufReader::with_capacity(CHUNK, blob))),
         Compression::Zstd => match zstd::stream::read::Decoder::new(blob) {
             Ok(decoder) => Box::new(decoder),

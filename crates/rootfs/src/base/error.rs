@@ -12,15 +12,26 @@ use crate::erofs::ErofsError;
 use crate::seed::SeedError;
 
 fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn io_kind(error: &io::Error) -> ErrorKind {
-    if is_full(error) { ErrorKind::NoSpace } else { ErrorKind::Internal }
+    if is_full(error) {
+        ErrorKind::NoSpace
+    } else {
+        ErrorKind::Internal
+    }
 }
 
 fn io_hints(error: &io::Error) -> Vec<String> {
-    if is_full(error) { vec!["make room with `offshoot prune`, or see `offshoot df`".into()] } else { Vec::new() }
+    if is_full(error) {
+        vec!["make room with `offshoot prune`, or see `offshoot df`".into()]
+    } else {
+        Vec::new()
+    }
 }
 
 /// Why a base cannot be found, listed or removed.
@@ -55,7 +66,11 @@ pub enum BaseError {
 
 impl BaseError {
     pub(super) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::Io { action, path: path.to_owned(), source }
+        move |source| Self::Io {
+            action,
+            path: path.to_owned(),
+            source,
+        }
     }
 }
 
@@ -70,7 +85,9 @@ impl Explain for BaseError {
 
     fn hints(&self) -> Vec<String> {
         match self {
-            Self::NotFound { .. } | Self::Damaged { .. } => vec!["prepare it again: `offshoot image prepare`".into()],
+            Self::NotFound { .. } | Self::Damaged { .. } => {
+                vec!["prepare it again: `offshoot image prepare`".into()]
+            }
             Self::Io { source, .. } => io_hints(source),
         }
     }
@@ -118,7 +135,9 @@ impl Explain for VerifyError {
             Self::Read { .. } => Vec::new(),
             Self::Damaged { path } => {
                 let dir = path.parent().unwrap_or(path).display();
-                vec![format!("stop its VMs, remove {dir} and prepare it again: `offshoot image prepare`")]
+                vec![format!(
+                    "stop its VMs, remove {dir} and prepare it again: `offshoot image prepare`"
+                )]
             }
         }
     }

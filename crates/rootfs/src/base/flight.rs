@@ -54,7 +54,11 @@ impl Seat {
     /// Waits for the outcome; `None` if the thread died of a panic.
     pub(super) async fn outcome(self) -> Option<Outcome> {
         let mut outcome = self.flight.outcome.clone();
-        outcome.wait_for(Option::is_some).await.ok().and_then(|outcome| outcome.clone())
+        outcome
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|outcome| outcome.clone())
     }
 }
 
@@ -83,6 +87,9 @@ impl Flights {
         });
         let flight = Arc::new(Flight { outcome, cancelled });
         running.insert(id.clone(), Arc::downgrade(&flight));
-        Seat { flight, joined: false }
+        Seat {
+            flight,
+            joined: false,
+        }
     }
 }

@@ -126,7 +126,9 @@ impl BaseStore {
                 .create(dir)
                 .map_err(BaseError::io("create", dir))?;
         }
-        Ok(Self { shared: Arc::new(shared) })
+        Ok(Self {
+            shared: Arc::new(shared),
+        })
     }
 
     /// Gives the base of an image, preparing it if there is none.
@@ -143,18 +145,24 @@ impl BaseStore {
             return Ok(base);
         }
         let flight = self.shared.flights.join(&id, |cancelled: Arc<AtomicBool>| {
-            let (shared, id, image, progress) = (self.shared.clone(), id.clone(), image.clone(), progress.clone());
+            let (shared, id, image, progress) =
+                (self.shared.clone(), id.clone(), image.clone(), progress.clone());
             move || prepare::prepare(&shared, &id, &image, &progress, &cancelled)
         });
         if flight.joined() {
             progress.message(waiting_for(image));
         }
-        flight.outcome().await.unwrap_or(Err(PrepareError::Stopped { image: image.digest }))
+        flight
+            .outcome()
+            .await
+            .unwrap_or(Err(PrepareError::Stopped { image: image.digest }))
     }
 
     /// Where the files of this base would lie. Looks at nothing.
     pub fn locate(&self, id: &BaseId) -> BasePaths {
-        BasePaths { dir: self.shared.dir(id) }
+        BasePaths {
+            dir: self.shared.dir(id),
+        }
     }
 
     /// The base of this id. Reads a small file and blocks for as long.
@@ -168,12 +176,16 @@ impl BaseStore {
         let mut bases = Vec::new();
         for entry in std::fs::read_dir(dir).map_err(BaseError::io("list", dir))? {
             let name = entry.map_err(BaseError::io("list", dir))?.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.parse::<BaseId>().ok()) else { continue };
+            let Some(id) = name.to_str().and_then(|name| name.parse::<BaseId>().ok()) else {
+                continue;
+            };
             match self.shared.load(&id) {
                 Ok(base) => bases.push(base),
                 // Removed since the folder was read.
                 Err(BaseError::NotFound { .. }) => {}
-                Err(error) => tracing::warn!(%id, error = %error, "a base is damaged and will be prepared again"),
+                Err(error) => {
+                    tracing::warn!(%id, error = %error, "a base is damaged and will be prepared again")
+                }
             }
         }
         bases.sort_by(|a, b| a.id.cmp(&b.id));
@@ -192,15 +204,25 @@ impl BaseStore {
         match std::fs::rename(&dir, grave.path().join("base")) {
             Ok(()) => fsync_dir(&self.shared.bases).map_err(BaseError::io("write", &self.shared.bases)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(source) => Err(BaseError::Io { action: "remove", path: dir, source }),
+            Err(source) => Err(BaseError::Io {
+                action: "remove",
+                path: dir,
+                source,
+            }),
         }
     }
 
     /// Reads the whole root of a base and compares it with what was recorded when it was made. Blocks the thread.
     pub fn verify(&self, id: &BaseId) -> Result<(), VerifyError> {
-        let base = self.shared.load(id).map_err(|source| VerifyError::Base { source })?;
+        let base = self
+            .shared
+            .load(id)
+            .map_err(|source| VerifyError::Base { source })?;
         let path = base.root_erofs();
-        let read = |source| VerifyError::Read { path: path.clone(), source };
+        let read = |source| VerifyError::Read {
+            path: path.clone(),
+            source,
+        };
         let file = std::fs::File::open(&path).map_err(read)?;
         let found = prepare::hash(&file, &mut |_| true).map_err(read)?;
         let expected = base.manifest.root.sha256;
@@ -224,13 +246,17 @@ impl Shared {
     fn load(&self, id: &BaseId) -> Result<Base, BaseError> {
         let dir = self.dir(id);
         let manifest = BaseManifest::read(&dir, id)?;
-        Ok(Base { id: id.clone(), dir, manifest })
+        Ok(Base {
+            id: id.clone(),
+            dir,
+            manifest,
+        })
     }
 }
 
 fn waiting_for(image: &StoredImage) -> String {
-    format!("waiting for another preparation of image {}", image.digest.short())
+    format!(
+        "waiting for another preparation of image {}",
+        image.digest.short()
+    )
 }
-
-#[cfg(test)]
-mod tests;

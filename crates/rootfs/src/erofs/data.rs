@@ -32,7 +32,9 @@ impl SpaceGuard {
     /// A reserve for the disk that holds `dir`: 512 MiB, what a host needs to go on working and the database to record what
     /// happened, but no more than a twentieth of a small disk.
     pub fn of_disk(dir: &Path) -> io::Result<Self> {
-        Ok(Self { reserve: (space::size(dir)? / 20).min(512 << 20) })
+        Ok(Self {
+            reserve: (space::size(dir)? / 20).min(512 << 20),
+        })
     }
 }
 
@@ -63,10 +65,24 @@ pub struct DataWriter {
 impl DataWriter {
     /// Begins an image at `path`, which must not exist.
     pub fn create(path: &Path, guard: SpaceGuard) -> io::Result<Self> {
-        let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(path)?;
         let dir = path.parent().unwrap_or(Path::new("/")).to_path_buf();
         let buffer = vec![0; BUFFER];
-        let mut writer = Self { file, dir, guard, next: 1, buffer, first: 1, used: 0, unchecked: 0 };
+        let mut writer = Self {
+            file,
+            dir,
+            guard,
+            next: 1,
+            buffer,
+            first: 1,
+            used: 0,
+            unchecked: 0,
+        };
         writer.check_room(0)?;
         Ok(writer)
     }
@@ -86,7 +102,10 @@ impl DataWriter {
         let reserve = self.guard.reserve;
         // All that may be written until the next look counts as written.
         if available.saturating_sub(more.max(CHECK_EVERY)) < reserve {
-            return Err(io::Error::new(io::ErrorKind::StorageFull, NoRoom { available, reserve }));
+            return Err(io::Error::new(
+                io::ErrorKind::StorageFull,
+                NoRoom { available, reserve },
+            ));
         }
         self.unchecked = CHECK_EVERY.saturating_sub(more);
         Ok(())
@@ -105,7 +124,11 @@ impl DataWriter {
     /// Writes whole blocks from `first` on, but for those of zeros.
     pub(super) fn write_blocks(&mut self, first: u64, bytes: &[u8]) -> io::Result<()> {
         const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
-        let mut blocks = bytes.chunks_exact(BLOCK as usize).map(|block| block != ZEROS).enumerate().peekable();
+        let mut blocks = bytes
+            .chunks_exact(BLOCK as usize)
+            .map(|block| block != ZEROS)
+            .enumerate()
+            .peekable();
         while let Some((start, full)) = blocks.next() {
             if !full {
                 continue;
@@ -123,8 +146,10 @@ impl DataWriter {
 
     /// Gives back blocks that no file uses.
     pub(super) fn punch(&self, orphans: &[(Extent, u64)]) -> io::Result<()> {
-        let mut runs: Vec<(u64, u64)> =
-            orphans.iter().map(|(extent, size)| (extent.0, extent.0 + size.div_ceil(BLOCK))).collect();
+        let mut runs: Vec<(u64, u64)> = orphans
+            .iter()
+            .map(|(extent, size)| (extent.0, extent.0 + size.div_ceil(BLOCK)))
+            .collect();
         runs.sort_unstable();
         let mut runs = runs.into_iter().peekable();
         while let Some((start, mut end)) = runs.next() {
@@ -132,7 +157,12 @@ impl DataWriter {
                 end = next_end;
             }
             let (at, len) = (start * BLOCK, (end - start) * BLOCK);
-            fallocate(&self.file, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, at, len)?;
+            fallocate(
+                &self.file,
+                FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+                at,
+                len,
+            )?;
         }
         Ok(())
     }
@@ -141,7 +171,10 @@ impl DataWriter {
 impl ContentSink for DataWriter {
     fn file(&mut self, size: u64, content: &mut dyn Read) -> io::Result<Extent> {
         let extent = Extent(self.next);
-        let end = size.div_ceil(BLOCK).checked_add(self.next).filter(|end| *end < u64::from(u32::MAX));
+        let end = size
+            .div_ceil(BLOCK)
+            .checked_add(self.next)
+            .filter(|end| *end < u64::from(u32::MAX));
         // Blocks are numbered in 32 bits: 16 TiB.
         let end = end.ok_or_else(|| io::Error::from(io::ErrorKind::FileTooLarge))?;
         let mut left = size;

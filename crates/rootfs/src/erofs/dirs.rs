@@ -81,8 +81,14 @@ mod tests {
     fn the_size_is_the_length_of_the_content() {
         let check = |lengths: &[usize]| {
             let texts: Vec<Vec<u8>> = lengths.iter().map(|length| vec![b'n'; *length]).collect();
-            let names: Vec<_> =
-                texts.iter().map(|name| Name { name, nid: 7, kind: FileType::Regular }).collect();
+            let names: Vec<_> = texts
+                .iter()
+                .map(|name| Name {
+                    name,
+                    nid: 7,
+                    kind: FileType::Regular,
+                })
+                .collect();
             let content = content(&names);
             assert_eq!(content.len() as u64, size(lengths), "{lengths:?}");
             content

@@ -65,7 +65,8 @@ impl Superblock {
     /// Block 0 with the superblock in it and its checksum: CRC-32C of the rest of the block, without the final inversion.
     pub(super) fn to_block(&self) -> Vec<u8> {
         let mut block = vec![0; BLOCK as usize];
-        let mut put = |at: usize, bytes: &[u8]| block[SUPERBLOCK_AT + at..][..bytes.len()].copy_from_slice(bytes);
+        let mut put =
+            |at: usize, bytes: &[u8]| block[SUPERBLOCK_AT + at..][..bytes.len()].copy_from_slice(bytes);
         put(0, &MAGIC.to_le_bytes());
         put(8, &(COMPAT_SB_CHKSUM | COMPAT_MTIME).to_le_bytes());
         put(12, &[BLOCK.trailing_zeros() as u8]);
@@ -95,7 +96,13 @@ pub(super) struct RawInode<'a> {
 impl RawInode<'_> {
     /// Writes the inode and its attributes at the start of `place`.
     pub(super) fn write(&self, place: &mut [u8]) {
-        let Metadata { mode, uid, gid, mtime, xattrs } = self.metadata;
+        let Metadata {
+            mode,
+            uid,
+            gid,
+            mtime,
+            xattrs,
+        } = self.metadata;
         let xattrs = xattrs.as_deref();
         let mut put = |at: usize, bytes: &[u8]| place[at..][..bytes.len()].copy_from_slice(bytes);
         put(0, &(1 | ((self.layout as u16) << 1)).to_le_bytes());
@@ -131,14 +138,18 @@ const PREFIXES: [(&[u8], u8); 5] = [
 
 /// The number of an attribute's prefix and the rest of its name; `None` for a prefix that EROFS has not.
 pub(super) fn split_xattr(name: &[u8]) -> Option<(u8, &[u8])> {
-    PREFIXES.iter().find_map(|(prefix, number)| Some((*number, name.strip_prefix(*prefix)?)))
+    PREFIXES
+        .iter()
+        .find_map(|(prefix, number)| Some((*number, name.strip_prefix(*prefix)?)))
 }
 
 /// How much room attributes take behind the inode: a header of 12 bytes, and each one rounded up to four.
 pub(super) fn xattrs_size(xattrs: Option<&Xattrs>) -> u64 {
     let Some(xattrs) = xattrs else { return 0 };
     let each = |(name, value): (&Box<[u8]>, &Box<[u8]>)| {
-        split_xattr(name).map_or(0, |(_, rest)| (4 + rest.len() as u64 + value.len() as u64).next_multiple_of(4))
+        split_xattr(name).map_or(0, |(_, rest)| {
+            (4 + rest.len() as u64 + value.len() as u64).next_multiple_of(4)
+        })
     };
     12 + xattrs.iter().map(each).sum::<u64>()
 }
@@ -156,7 +167,9 @@ fn write_xattrs(xattrs: &Xattrs, place: &mut [u8]) {
     // The header is all zeros: no filter, no shared attributes.
     let mut at = 12;
     for (name, value) in xattrs {
-        let Some((number, rest)) = split_xattr(name) else { continue };
+        let Some((number, rest)) = split_xattr(name) else {
+            continue;
+        };
         // Names have at most 255 bytes and values 65,535: the layers were checked for it.
         place[at] = rest.len() as u8;
         place[at + 1] = number;

@@ -47,9 +47,17 @@ impl Split {
     pub(super) fn of(size: u64, core: u64) -> Self {
         let tail = size % BLOCK;
         if core + tail <= BLOCK {
-            Self { size, blocks: size / BLOCK, inline: tail }
+            Self {
+                size,
+                blocks: size / BLOCK,
+                inline: tail,
+            }
         } else {
-            Self { size, blocks: size.div_ceil(BLOCK), inline: 0 }
+            Self {
+                size,
+                blocks: size.div_ceil(BLOCK),
+                inline: 0,
+            }
         }
     }
 }
@@ -77,7 +85,10 @@ pub(super) fn core_size(tree: &Tree, id: InodeId) -> u64 {
 pub(super) fn split(tree: &Tree, id: InodeId) -> Split {
     let size = match &tree.inode(id).node {
         Node::Dir(_) => {
-            let lengths: Vec<usize> = sorted_names(tree, id).iter().map(|(name, _)| name.len()).collect();
+            let lengths: Vec<usize> = sorted_names(tree, id)
+                .iter()
+                .map(|(name, _)| name.len())
+                .collect();
             dirs::size(&lengths)
         }
         Node::Symlink(target) => target.len() as u64,
@@ -88,10 +99,17 @@ pub(super) fn split(tree: &Tree, id: InodeId) -> Split {
 
 /// Gives every inode of the tree its place; the inode that has too many attributes, where one has.
 pub(super) fn lay_out(tree: &Tree) -> Result<Layout, InodeId> {
-    let mut layout =
-        Layout { places: vec![Place::default(); tree.table_len()], order: Vec::new(), extra_blocks: 0, metadata: 0 };
+    let mut layout = Layout {
+        places: vec![Place::default(); tree.table_len()],
+        order: Vec::new(),
+        extra_blocks: 0,
+        metadata: 0,
+    };
     // Slot 0 stays empty: an inode number of 0 is none to the C library.
-    let mut cursor = Cursor { at: SLOT, gap: (0, 0) };
+    let mut cursor = Cursor {
+        at: SLOT,
+        gap: (0, 0),
+    };
     layout.place(tree, &mut cursor, Tree::ROOT, Tree::ROOT)?;
     let mut pending = vec![Tree::ROOT];
     while let Some(dir) = pending.pop() {
@@ -113,7 +131,13 @@ pub(super) fn lay_out(tree: &Tree) -> Result<Layout, InodeId> {
 }
 
 impl Layout {
-    fn place(&mut self, tree: &Tree, cursor: &mut Cursor, id: InodeId, parent: InodeId) -> Result<(), InodeId> {
+    fn place(
+        &mut self,
+        tree: &Tree,
+        cursor: &mut Cursor,
+        id: InodeId,
+        parent: InodeId,
+    ) -> Result<(), InodeId> {
         let core = core_size(tree, id);
         if core - INODE > XATTRS_MAX {
             return Err(id);
@@ -168,7 +192,10 @@ mod tests {
 
     #[test]
     fn nothing_that_must_stay_whole_crosses_a_block() {
-        let mut cursor = Cursor { at: SLOT, gap: (0, 0) };
+        let mut cursor = Cursor {
+            at: SLOT,
+            gap: (0, 0),
+        };
         let mut taken: Vec<(u64, u64)> = Vec::new();
         for n in 0..3000_u64 {
             let (core, tail) = (64 + 4 * (n * 7 % 50), if n % 3 == 0 { n * 613 % 3800 } else { 0 });
@@ -179,16 +206,54 @@ mod tests {
             taken.push((at, at + core + tail));
         }
         taken.sort_unstable();
-        assert!(taken.windows(2).all(|pair| pair[0].1 <= pair[1].0), "pieces overlap");
+        assert!(
+            taken.windows(2).all(|pair| pair[0].1 <= pair[1].0),
+            "pieces overlap"
+        );
         assert!(taken.last().unwrap().1 <= cursor.at);
     }
 
     #[test]
     fn content_stays_behind_the_inode_where_it_fits() {
-        assert_eq!(Split::of(0, 64), Split { size: 0, blocks: 0, inline: 0 });
-        assert_eq!(Split::of(4032, 64), Split { size: 4032, blocks: 0, inline: 4032 });
-        assert_eq!(Split::of(4033, 64), Split { size: 4033, blocks: 1, inline: 0 });
-        assert_eq!(Split::of(8200, 64), Split { size: 8200, blocks: 2, inline: 8 });
-        assert_eq!(Split::of(10, 9000), Split { size: 10, blocks: 1, inline: 0 });
+        assert_eq!(
+            Split::of(0, 64),
+            Split {
+                size: 0,
+                blocks: 0,
+                inline: 0
+            }
+        );
+        assert_eq!(
+            Split::of(4032, 64),
+            Split {
+                size: 4032,
+                blocks: 0,
+                inline: 4032
+            }
+        );
+        assert_eq!(
+            Split::of(4033, 64),
+            Split {
+                size: 4033,
+                blocks: 1,
+                inline: 0
+            }
+        );
+        assert_eq!(
+            Split::of(8200, 64),
+            Split {
+                size: 8200,
+                blocks: 2,
+                inline: 8
+            }
+        );
+        assert_eq!(
+            Split::of(10, 9000),
+            Split {
+                size: 10,
+                blocks: 1,
+                inline: 0
+            }
+        );
     }
 }

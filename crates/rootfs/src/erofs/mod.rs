@@ -24,6 +24,3 @@ mod write;
 
 pub use data::{DataWriter, SpaceGuard};
 pub use write::{ErofsError, Written};
-
-#[cfg(test)]
-mod tests;

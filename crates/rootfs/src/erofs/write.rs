@@ -73,7 +73,12 @@ impl DataWriter {
         let (Ok(meta_block_32), Ok(blocks_32)) = (u32::try_from(meta_block), u32::try_from(blocks)) else {
             return Err(ErofsError::TooLarge);
         };
-        let (extra, metadata) = Tables { tree, layout: &layout, extra_at }.fill();
+        let (extra, metadata) = Tables {
+            tree,
+            layout: &layout,
+            extra_at,
+        }
+        .fill();
         self.write_blocks(extra_at, &extra).map_err(write_error)?;
         drop(extra);
         self.write_blocks(meta_block, &metadata).map_err(write_error)?;
@@ -85,10 +90,15 @@ impl DataWriter {
             meta_block: meta_block_32,
             uuid,
         };
-        self.write_blocks(0, &superblock.to_block()).map_err(write_error)?;
+        self.write_blocks(0, &superblock.to_block())
+            .map_err(write_error)?;
         let size = (blocks * BLOCK).next_multiple_of(FILE_ALIGN);
         self.file.set_len(size).map_err(write_error)?;
-        Ok(Written { file: self.file, size, inodes: superblock.inodes })
+        Ok(Written {
+            file: self.file,
+            size,
+            inodes: superblock.inodes,
+        })
     }
 }
 
@@ -119,7 +129,14 @@ impl Tables<'_> {
         let (split, content) = match &inode.node {
             Node::Dir(_) => (split(self.tree, id), self.dir_content(id, place)),
             Node::Symlink(target) => (split(self.tree, id), target.to_vec()),
-            _ => (Split { size: 0, blocks: 0, inline: 0 }, Vec::new()),
+            _ => (
+                Split {
+                    size: 0,
+                    blocks: 0,
+                    inline: 0,
+                },
+                Vec::new(),
+            ),
         };
         debug_assert_eq!(split.size, content.len() as u64);
         let extra_block = (self.extra_at as u32) + place.blocks_at;
@@ -134,7 +151,11 @@ impl Tables<'_> {
         };
         let at = place.nid as usize * SLOT as usize;
         RawInode {
-            layout: if split.inline > 0 { DataLayout::FlatInline } else { DataLayout::FlatPlain },
+            layout: if split.inline > 0 {
+                DataLayout::FlatInline
+            } else {
+                DataLayout::FlatPlain
+            },
             type_bits,
             metadata: &inode.metadata,
             size,
@@ -159,11 +180,21 @@ impl Tables<'_> {
         let names: Vec<Name<'_>> = sorted_names(self.tree, dir)
             .into_iter()
             .map(|(name, inode)| match inode {
-                Some(child) => {
-                    Name { name, nid: nid(child.index()), kind: file_type(&self.tree.inode(child).node) }
-                }
-                None if name == b"." => Name { name, nid: u64::from(place.nid), kind: FileType::Dir },
-                None => Name { name, nid: nid(place.parent as usize), kind: FileType::Dir },
+                Some(child) => Name {
+                    name,
+                    nid: nid(child.index()),
+                    kind: file_type(&self.tree.inode(child).node),
+                },
+                None if name == b"." => Name {
+                    name,
+                    nid: u64::from(place.nid),
+                    kind: FileType::Dir,
+                },
+                None => Name {
+                    name,
+                    nid: nid(place.parent as usize),
+                    kind: FileType::Dir,
+                },
             })
             .collect();
         dirs::content(&names)
