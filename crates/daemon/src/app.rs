@@ -164,12 +164,12 @@ fn find_agent(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
 
 /// Asks `/dev/kvm` with a short guest loop, so that one that only pretends is treated as absent.
 async fn accelerator() -> Accelerator {
-    let asked = tokio::task::spawn_blocking(|| (offshoot_sys::kvm::probe(), offshoot_sys::tsc::frequency_khz()));
-    let (probe, tsc_khz) =
-        asked.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+    let probe = tokio::task::spawn_blocking(offshoot_sys::kvm::probe).await.unwrap_or_else(|panic| {
+        std::panic::resume_unwind(panic.into_panic());
+    });
     let accel = if probe.native { Accel::Kvm } else { Accel::Tcg };
     let kvm_gid = std::fs::metadata("/dev/kvm").ok().map(|meta| meta.gid());
-    Accelerator { accel, probe, tsc_khz, kvm_gid }
+    Accelerator { accel, probe, kvm_gid }
 }
 
 /// Puts this version's agent into the default bundle when it holds another one. A failure is not the end: the old

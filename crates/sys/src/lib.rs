@@ -9,4 +9,3 @@ pub mod random;
 pub mod signal;
 pub mod space;
 pub mod tsc;
-pub mod tsc;

@@ -23,8 +23,6 @@ pub struct Accelerator {
     pub accel: Accel,
     /// What the probe saw.
     pub probe: KvmProbe,
-    /// The rate of the host's time-stamp counter, which emulated guests must be told.
-    pub tsc_khz: Option<u32>,
     /// The group of `/dev/kvm`, which VMMs need to open it.
     pub kvm_gid: Option<u32>,
 }
@@ -109,9 +107,6 @@ impl Capability for VmmCapability {
         plan.memory = ByteSize::from_mib(config.memory.mib());
         plan.accel = self.accelerator.accel;
         plan.agent = AgentChannel::VirtioSerial;
-        if let (Accel::Tcg, Some(khz)) = (self.accelerator.accel, self.accelerator.tsc_khz) {
-            plan.cmdline.push(format!("tsc_early_khz={khz}"));
-        }
         let kvm = self.accelerator.kvm_gid.filter(|_| self.accelerator.accel == Accel::Kvm);
         let groups = std::iter::once(self.gid).chain(kvm).collect();
         plan.identity = Some(VmmIdentity { uid: vm.uid, gid: vm.uid, groups });
