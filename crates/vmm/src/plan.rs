@@ -223,7 +223,7 @@ pub enum PlanError {
         word: String,
     },
     /// More kernel parameters than a kernel keeps.
-    #[error("the kernel command line has {length} bytes; a kernel keeps {most}")]
+    #[error("the kernel command line has {length} bytes; it has room for at most {most}")]
     CommandLine {
         /// Its length.
         length: usize,
@@ -295,8 +295,8 @@ impl Explain for PlanError {
 const MAX_CPUS: u32 = 255;
 /// Less, and no kernel with an initial RAM disk unpacks itself.
 const MIN_MEMORY: ByteSize = ByteSize::from_mib(16);
-/// `COMMAND_LINE_SIZE` of x86 kernels, with its NUL.
-const MAX_CMDLINE: usize = 2047;
+/// `COMMAND_LINE_SIZE` of x86 kernels is 2048 with its NUL; a driver may add a word or two of its own.
+const MAX_CMDLINE: usize = 1983;
 /// A PCI bus has 32 slots; a few belong to the machine, the console, the agent and the entropy source.
 const MAX_DEVICES: usize = 24;
 /// `sun_path` has 108 bytes with a NUL (unix(7)); the longest socket name of a VM is `/agent.sock`.
@@ -530,7 +530,7 @@ pub(crate) mod tests {
         check(&|p| p.cmdline.push("a b".into()), "\"a b\"");
         check(&|p| p.cmdline.push(String::new()), "kernel parameter \"\"");
         check(&|p| p.cmdline.push("x=\"y\"".into()), "quotes");
-        check(&|p| p.cmdline.push("x".repeat(2048)), "a kernel keeps 2047");
+        check(&|p| p.cmdline.push("x".repeat(2048)), "at most 1983");
         check(&|p| p.disks.push(disk("root")), "two devices");
         check(&|p| p.disks.push(disk("1root")), "disk serial");
         check(&|p| p.disks.push(disk("")), "disk serial");

@@ -86,7 +86,7 @@ async fn watch_until_gone(shared: Arc<Shared>) {
         }
     }
     if shared.process.is_alive() {
-        shared.see_off().await;
+        shared.see_off(shutdown).await;
     }
     let process = shared.process.wait_exit().await;
     let cause = match shutdown {
@@ -146,18 +146,21 @@ impl Shared {
         }
     }
 
-    /// Sees a QEMU off whose guest has ended: last words, quit, and by force if need be.
-    async fn see_off(&self) {
-        let orderly = async {
+    /// Sees a QEMU off that has ended its guest: last words, quit, and by force if need be.
+    async fn see_off(&self, shutdown: Option<Shutdown>) {
+        // One that was told to quit is on its way; its console was saved before.
+        if !matches!(shutdown, Some(Shutdown::HostQuit | Shutdown::Host)) {
             if let Err(error) = self.save_console().await {
                 tracing::debug!(vm = %self.state.vm, %error, "cannot save the last of the console");
             }
-            self.tell_to_quit().await?;
-            self.process.wait_exit().await;
-            Ok::<(), MachineError>(())
-        };
-        let left = tokio::time::timeout(QUIT_PATIENCE, orderly).await;
-        if !matches!(left, Ok(Ok(()))) && self.process.is_alive() {
+            if let Err(error) = self.tell_to_quit().await {
+                tracing::debug!(vm = %self.state.vm, %error, "cannot tell QEMU to quit");
+            }
+        }
+        if tokio::time::timeout(QUIT_PATIENCE, self.process.wait_exit())
+            .await
+            .is_err()
+        {
             tracing::warn!(vm = %self.state.vm, "QEMU does not quit; killing it");
             if let Err(error) = self.process.send_signal(Signal::KILL) {
                 tracing::warn!(vm = %self.state.vm, %error, "cannot kill QEMU");

@@ -25,6 +25,8 @@ pub struct QemuFacts {
     pub pmem: bool,
     /// It has `vhost-user-fs-pci`.
     pub virtiofs: bool,
+    /// The rate of the host's time-stamp counter, which is the guest's without KVM.
+    pub tsc_khz: Option<u64>,
 }
 
 /// A list of devices has some 20 KiB.
@@ -39,6 +41,7 @@ const PACKAGE: &str = "qemu-system-x86";
 /// Asks a QEMU four questions at the same time.
 pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<QemuFacts, ProbeError> {
     let ask = |words: &'static [&'static str]| ask(program, env, words);
+    let tsc = tokio::task::spawn_blocking(offshoot_sys::tsc::khz);
     let (version, machines, accels, devices) = tokio::try_join!(
         ask(&["-version"]),
         ask(&["-machine", "help"]),
@@ -63,6 +66,8 @@ pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<Qe
         tcg: has_first_word(&accels, "tcg"),
         pmem: has_device(&devices, "virtio-pmem-pci"),
         virtiofs: has_device(&devices, "vhost-user-fs-pci"),
+        // Not measured is not known.
+        tsc_khz: tsc.await.ok().flatten(),
     })
 }
 
@@ -181,6 +186,7 @@ pub(crate) mod tests {
             tcg: true,
             pmem: true,
             virtiofs: true,
+            tsc_khz: Some(2_445_424),
         }
     }
 
