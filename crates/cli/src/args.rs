@@ -290,8 +290,7 @@ mod tests {
 
         Options:
               --name <REF>          Reference to give it; needed where the archive names none
-              --prepare[=<yes|no>]  Make it ready to start VMs from as well [default: yes] [possible values:
-                                    true, false]
+              --prepare[=<yes|no>]  Make it ready to start VMs from as well [default: yes]
           -q, --quiet               Show no progress
               --output <FORMAT>     How to show the result [default: table] [possible values: table, json]
           -h, --help                Print help (see more with '--help')

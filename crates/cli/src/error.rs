@@ -124,10 +124,10 @@ pub(crate) fn status_code(status: Status) -> Result<u8, Failure> {
     }
 }
 
-/// What to end with when a process could not be started: 126 and 127 tell why, as in a shell. Everything else (125, a
-/// session that broke) is an error like any other.
+/// What to end with when a process has no status of its own: 126 and 127 tell why it could not be started, as in a
+/// shell, and 137 that its VM went away. 125, a session that broke, is an error like any other.
 fn command_status(code: i32) -> u8 {
-    if matches!(code, 126 | 127) {
+    if matches!(code, 126..=255) {
         low_byte(code)
     } else {
         ERROR
@@ -186,7 +186,7 @@ mod tests {
         };
         assert_eq!(status_code(Status::Exited { code: 7 }).unwrap(), 7);
         assert_eq!(status_code(Status::Exited { code: 256 + 9 }).unwrap(), 9);
-        for (code, expected) in [(127, 127), (126, 126), (125, 1), (0, 1)] {
+        for (code, expected) in [(127, 127), (126, 126), (137, 137), (256, 1), (125, 1), (0, 1)] {
             assert_eq!(status_code(failed(code)).unwrap_err().status, expected);
         }
     }

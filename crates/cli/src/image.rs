@@ -43,7 +43,7 @@ pub(crate) enum ImageCommand {
 struct Making {
     /// Make it ready to start VMs from as well
     #[arg(long, action = ArgAction::Set, value_name = "yes|no", default_value = "yes", default_missing_value = "yes",
-        num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new())]
+        num_args = 0..=1, require_equals = true, value_parser = BoolishValueParser::new(), hide_possible_values = true)]
     prepare: bool,
     /// Show no progress
     #[arg(short, long)]

@@ -80,9 +80,9 @@ pub(crate) fn clean(text: &str) -> String {
     let mut cleaned = String::with_capacity(text.len());
     for c in text.chars() {
         if c.is_control() {
-            cleaned.extend(c.escape_debug())
+            cleaned.extend(c.escape_debug());
         } else {
-            cleaned.push(c)
+            cleaned.push(c);
         }
     }
     cleaned

@@ -194,7 +194,7 @@ mod tests {
             ]
         );
         let mut bad = tempfile::NamedTempFile::new().unwrap();
-        write!(bad, "A B=1\n").unwrap();
+        writeln!(bad, "A B=1").unwrap();
         assert!(environment(&[bad.path().to_owned()], &[], own).is_err());
         assert!(environment(&["/nonexistent/env".into()], &[], own).is_err());
     }

@@ -170,7 +170,7 @@ pub(crate) fn unpack(
         } else if kind.is_hard_link() {
             let bytes = entry
                 .link_name_bytes()
-                .map(|bytes| bytes.into_owned())
+                .map(std::borrow::Cow::into_owned)
                 .unwrap_or_default();
             let outside = || UnpackError::Outside { name: show(&bytes) };
             let target = way_to(folder, &destination(&bytes, name, root)?.ok_or_else(outside)?)?;

@@ -8,6 +8,9 @@ use crate::fake::{Fake, answer, image, lines, not_found, now, offshoot, response
 use http_body_util::BodyExt;
 use serde_json::json;
 
+/// What a daemon was sent.
+type Seen<T> = Arc<Mutex<Vec<T>>>;
+
 #[test]
 fn without_a_daemon_the_status_is_3() {
     let dir = tempfile::tempdir().unwrap();
@@ -145,7 +148,7 @@ fn an_upload_that_is_refused_early_tells_why() {
 
 #[test]
 fn archives_and_folders_are_sent_whole() {
-    let bodies: Arc<Mutex<Vec<(Option<String>, Vec<u8>)>>> = Arc::default();
+    let bodies: Seen<(Option<String>, Vec<u8>)> = Arc::default();
     let seen = Arc::clone(&bodies);
     let fake = Fake::start(move |_, request| {
         let seen = Arc::clone(&seen);
@@ -383,7 +386,7 @@ fn files_come_out_of_a_guest() {
 
 #[test]
 fn files_go_into_a_guest() {
-    let puts: Arc<Mutex<Vec<(String, Vec<String>)>>> = Arc::default();
+    let puts: Seen<(String, Vec<String>)> = Arc::default();
     let seen = Arc::clone(&puts);
     let fake = Fake::start(move |line, request| {
         let (line, seen) = (line.to_owned(), Arc::clone(&seen));

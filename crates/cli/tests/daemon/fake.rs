@@ -4,7 +4,8 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use futures::{SinkExt, StreamExt};
 use http_body_util::combinators::BoxBody;
@@ -24,10 +25,13 @@ pub(crate) type Body = BoxBody<Bytes, std::io::Error>;
 pub(crate) type Answer = Pin<Box<dyn Future<Output = Response<Body>> + Send>>;
 pub(crate) type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
+/// How long a request may take to come on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// A daemon that answers until it is dropped.
 pub(crate) struct Fake {
     dir: tempfile::TempDir,
-    requests: Arc<Mutex<Vec<String>>>,
+    requests: Arc<(Mutex<Vec<String>>, Condvar)>,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -40,7 +44,7 @@ impl Fake {
             .enable_all()
             .build()
             .unwrap();
-        let requests: Arc<Mutex<Vec<String>>> = Arc::default();
+        let requests: Arc<(Mutex<Vec<String>>, Condvar)> = Arc::default();
         let (seen, answer) = (Arc::clone(&requests), Arc::new(answer));
         let _guard = runtime.enter();
         let listener = tokio::net::UnixListener::bind(dir.path().join("api.sock")).unwrap();
@@ -49,7 +53,8 @@ impl Fake {
                 let (seen, answer) = (Arc::clone(&seen), Arc::clone(&answer));
                 let service = service_fn(move |request: Request<Incoming>| {
                     let line = format!("{} {}", request.method(), request.uri());
-                    seen.lock().unwrap().push(line.clone());
+                    seen.0.lock().unwrap().push(line.clone());
+                    seen.1.notify_all();
                     let answer = answer(&line, request);
                     async move { Ok::<_, std::convert::Infallible>(answer.await) }
                 });
@@ -72,7 +77,7 @@ impl Fake {
     }
 
     pub(crate) fn requests(&self) -> Vec<String> {
-        self.requests.lock().unwrap().clone()
+        self.requests.0.lock().unwrap().clone()
     }
 
     /// `offshoot` with these words, talking to this daemon.
@@ -107,17 +112,15 @@ impl Fake {
 
     /// Waits until a request like this came.
     pub(crate) fn wait_for(&self, beginning: &str) {
-        for _ in 0..3000 {
-            if self
-                .requests()
-                .iter()
-                .any(|request| request.starts_with(beginning))
-            {
-                return;
-            }
-            std::thread::sleep(std::time::Duration::from_millis(10));
-        }
-        panic!("no request `{beginning}` in {:?}", self.requests());
+        let (seen, came) = &*self.requests;
+        let missing = |seen: &mut Vec<String>| !seen.iter().any(|request| request.starts_with(beginning));
+        let (seen, _) = came
+            .wait_timeout_while(seen.lock().unwrap(), PATIENCE, missing)
+            .unwrap();
+        assert!(
+            seen.iter().any(|request| request.starts_with(beginning)),
+            "no request `{beginning}` in {seen:?}"
+        );
     }
 }
 

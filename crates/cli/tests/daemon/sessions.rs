@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::fake::{Fake, answer, exited, hear, image, lines, not_found, say, session, signal, text, vm};
 use offshoot_api::channel;
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcsetwinsize};
 use serde_json::json;
@@ -155,7 +156,7 @@ fn a_signal_does_not_wait_behind_input_that_nobody_reads() {
         "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
         line if line.contains("/attach") => session(request, |mut socket| async move {
             say(&mut socket, channel::STDOUT, b"ready\n").await;
-            std::future::pending().await
+            std::future::pending::<()>().await;
         }),
         _ => answer(200, &vm("running")),
     });
@@ -167,20 +168,22 @@ fn a_signal_does_not_wait_behind_input_that_nobody_reads() {
         .spawn()
         .unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    let feeder = std::thread::spawn(move || {
-        // Blocks when everything on the way is full, until the client ends.
-        while stdin.write_all(&[0; 65536]).is_ok() {}
-    });
     let mut ready = [0; 6];
     child.stdout.take().unwrap().read_exact(&mut ready).unwrap();
-    std::thread::sleep(std::time::Duration::from_millis(500));
+    // Everything on the way is full when the pipe takes no more. What fits into a ready pipe is never blocked.
+    let full = rustix::event::Timespec {
+        tv_sec: 1,
+        tv_nsec: 0,
+    };
+    while poll(&mut [PollFd::new(&stdin, PollFlags::OUT)], Some(&full)).unwrap() == 1 {
+        stdin.write_all(&[0; 4096]).unwrap();
+    }
     signal(&child, "TERM");
     fake.wait_for("POST /v1/vms/abababababab/kill?signal=15");
     // Three in a row mean: let me out.
-    for _ in 0..2 {
-        std::thread::sleep(std::time::Duration::from_millis(100));
-        signal(&child, "INT");
-    }
+    signal(&child, "INT");
+    fake.wait_for("POST /v1/vms/abababababab/kill?signal=2");
+    signal(&child, "INT");
     let output = child.wait_with_output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     assert!(
@@ -188,7 +191,6 @@ fn a_signal_does_not_wait_behind_input_that_nobody_reads() {
         "{}",
         text(&output.stderr)
     );
-    feeder.join().unwrap();
 }
 
 #[test]
