@@ -47,8 +47,7 @@ pub(super) fn decompress(
     let mut pool: Vec<Chunk> = Vec::new();
     loop {
         let mut chunk = take_free(&mut pool);
-        let buffer =
-            Arc::get_mut(&mut chunk).map_or_else(|| unreachable!("a free chunk has one owner"), |b| b);
+        let buffer = Arc::get_mut(&mut chunk).unwrap_or_else(|| unreachable!("a free chunk has one owner"));
         buffer.resize(CHUNK, 0);
         let filled = match fill(&mut reader, buffer) {
             Ok(filled) => filled,

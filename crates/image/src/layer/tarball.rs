@@ -653,7 +653,7 @@ mod tests {
     #[test]
     fn numbers_are_octal_or_binary() {
         let check = |field: &[u8], expected: Option<i64>| {
-            assert_eq!(signed(field), expected, "{}", field.escape_ascii())
+            assert_eq!(signed(field), expected, "{}", field.escape_ascii());
         };
         check(b"0000644\0", Some(0o644));
         check(b"    644 ", Some(0o644));

@@ -184,7 +184,7 @@ impl BaseStore {
                 // Removed since the folder was read.
                 Err(BaseError::NotFound { .. }) => {}
                 Err(error) => {
-                    tracing::warn!(%id, error = %error, "a base is damaged and will be prepared again")
+                    tracing::warn!(%id, error = %error, "a base is damaged and will be prepared again");
                 }
             }
         }

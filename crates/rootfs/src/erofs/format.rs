@@ -146,12 +146,12 @@ pub(super) fn split_xattr(name: &[u8]) -> Option<(u8, &[u8])> {
 /// How much room attributes take behind the inode: a header of 12 bytes, and each one rounded up to four.
 pub(super) fn xattrs_size(xattrs: Option<&Xattrs>) -> u64 {
     let Some(xattrs) = xattrs else { return 0 };
-    let each = |(name, value): (&Box<[u8]>, &Box<[u8]>)| {
+    let sizes = xattrs.iter().map(|(name, value)| {
         split_xattr(name).map_or(0, |(_, rest)| {
             (4 + rest.len() as u64 + value.len() as u64).next_multiple_of(4)
         })
-    };
-    12 + xattrs.iter().map(each).sum::<u64>()
+    });
+    12 + sizes.sum::<u64>()
 }
 
 /// The room in the inode's own count.

@@ -275,7 +275,7 @@ async fn what_is_damaged_is_made_again() {
                 .open(dir.join("root.erofs"))
                 .unwrap()
                 .set_len(5)
-                .unwrap()
+                .unwrap();
         },
         &|dir| std::fs::write(dir.join("base.json"), "{").unwrap(),
         &|dir| std::fs::write(dir.join("base.json"), vec![b' '; 100_000]).unwrap(),

@@ -83,7 +83,7 @@ fn the_kernel_reads_every_kind_of_file() {
             ("SCHILY.xattr.trusted.t", b"\0"),
         ])
         .raw(b'5', b"with-attributes", b"", b"", |header| {
-            header.set_mode(0o2750)
+            header.set_mode(0o2750);
         });
     tar = device(tar, b'3', "null", 1, 3);
     tar = device(tar, b'4', "disk", 259, 70_000);
