@@ -95,7 +95,7 @@ impl Explain for SeedError {
     fn hints(&self) -> Vec<String> {
         match (self, self.kind()) {
             (Self::Spawn { .. }, _) => vec!["install it: `apt install e2fsprogs`".into()],
-            (_, ErrorKind::NoSpace) => vec!["make room with `offshoot prune`, or see `offshoot df`".into()],
+            (_, ErrorKind::NoSpace) => vec!["make room with `offshoot rm` and `offshoot image rm`".into()],
             _ => Vec::new(),
         }
     }

@@ -28,7 +28,7 @@ fn io_kind(error: &io::Error) -> ErrorKind {
 
 fn io_hints(error: &io::Error) -> Vec<String> {
     if is_full(error) {
-        vec!["make room with `offshoot prune`, or see `offshoot df`".into()]
+        vec!["make room with `offshoot rm` and `offshoot image rm`".into()]
     } else {
         Vec::new()
     }

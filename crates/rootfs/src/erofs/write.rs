@@ -43,7 +43,7 @@ impl Explain for ErofsError {
 
     fn hints(&self) -> Vec<String> {
         match self.kind() {
-            ErrorKind::NoSpace => vec!["make room with `offshoot prune`, or see `offshoot df`".into()],
+            ErrorKind::NoSpace => vec!["make room with `offshoot rm` and `offshoot image rm`".into()],
             _ => Vec::new(),
         }
     }

@@ -328,7 +328,7 @@ async fn an_image_beyond_the_limits_is_refused() {
     };
     for (limits, expected) in [
         (entries, "more than 1 entries"),
-        (bytes, "more than 1.0MiB unpacked"),
+        (bytes, "more than 1MiB unpacked"),
     ] {
         let place = Place::with(BaseStoreConfig { limits, guard: None });
         let image = place.image(&[large()]);
