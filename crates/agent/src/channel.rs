@@ -102,6 +102,7 @@ async fn serve_port(path: &Path, guest: &Arc<Guest>) -> io::Result<()> {
         Mode::empty(),
     )?;
     guest.ready();
+    log::info(format_args!("listening on {}", path.display()));
     let service = service(Arc::new(Service::new(Arc::clone(guest))));
     loop {
         port = host_is_there(port).await?;

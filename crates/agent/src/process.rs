@@ -281,6 +281,8 @@ mod tests {
         out: Vec<u8>,
         err: Vec<u8>,
         gone: bool,
+        /// Sent when the process has written something.
+        answer: Option<(mpsc::Sender<v1::ProcessInput>, v1::process_input::What)>,
     }
 
     impl Sink for Collected {
@@ -288,6 +290,9 @@ mod tests {
             match stream {
                 v1::Stream::Stdout => self.out.extend_from_slice(&data),
                 v1::Stream::Stderr => self.err.extend_from_slice(&data),
+            }
+            if let Some((sender, what)) = self.answer.take() {
+                sender.try_send(v1::ProcessInput { what: Some(what) }).unwrap();
             }
         }
 
@@ -391,13 +396,16 @@ mod tests {
             ],
         );
         assert!(resized.await.1.ends_with("33 44\r\n"));
-        // Ctrl-C through the terminal.
-        let interrupted = check(
-            "trap 'echo int; exit 3' INT; echo r; read x",
-            true,
-            vec![What::Stdin(Bytes::from_static(b"\x03"))],
-        );
-        assert_eq!(interrupted.await.0, 3);
+        // Ctrl-C through the terminal, once the program is ready for it.
+        let (sender, receiver) = mpsc::channel(1);
+        let interrupt = What::Stdin(Bytes::from_static(b"\x03"));
+        let mut sink = Collected {
+            answer: Some((sender, interrupt)),
+            ..Collected::default()
+        };
+        let script = "trap 'echo int; exit 3' INT; echo ready; read x";
+        let run = run(shell(script, true, true), receiver, &mut sink);
+        assert_eq!(tokio::time::timeout(Duration::from_secs(20), run).await, Ok(3));
         let ended = check("cat", true, vec![What::CloseStdin(true)]);
         assert_eq!(ended.await.0, 0);
     }

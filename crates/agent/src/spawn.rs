@@ -312,7 +312,8 @@ fn become_identity(command: &mut Command, identity: Identity, tty: bool) {
         if tty {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
-        rustix::process::setrlimit(Resource::Nofile, OPEN_FILES)?;
+        // Without the right to raise it, what there is must do.
+        let _ = rustix::process::setrlimit(Resource::Nofile, OPEN_FILES);
         rustix::process::umask(Mode::from_raw_mode(0o022));
         rustix::thread::set_thread_groups(&groups)?;
         rustix::thread::set_thread_res_gid(gid, gid, gid)?;

@@ -18,7 +18,7 @@ use std::process::{Command, Stdio};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send, socketpair};
 use rustix::process::{Pid, WaitOptions, waitpid};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
 
 use crate::power;
 
@@ -173,6 +173,10 @@ impl Supervisor {
         let enter = |path: &str| -> io::Result<File> {
             let ours = File::open("/proc/self/ns/mnt")?;
             let theirs = File::open(path)?;
+            // The kernel starts PID 1 sharing its root and working directory with kernel threads, and lets nobody who
+            // shares them change the namespace.
+            // SAFETY: PID 1 has one thread; nothing else relies on sharing these with it.
+            unsafe { unshare_unsafe(UnshareFlags::FS) }?;
             move_into_link_name_space(std::os::fd::AsFd::as_fd(&theirs), Some(LinkNameSpaceType::Mount))?;
             Ok(ours)
         };

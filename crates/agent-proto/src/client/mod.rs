@@ -12,7 +12,7 @@ mod process;
 
 use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -28,6 +28,10 @@ pub use self::process::{
 use crate::limits;
 use crate::link::HostLink;
 use crate::v1;
+
+/// Between bind(2) and listen(2) of a VMM that starts, its socket exists and refuses. A socket that refuses for longer
+/// belongs to nobody any more.
+const NOT_LISTENING_YET: Duration = Duration::from_millis(100);
 
 type Stub = v1::agent_client::AgentClient<Channel>;
 
@@ -96,12 +100,10 @@ impl AgentClient {
     /// # Errors
     /// When the socket cannot be opened or closes, or the guest speaks another version.
     pub async fn connect_unix_link(path: &Path) -> Result<Self, ConnectError> {
-        let stream = UnixStream::connect(path)
-            .await
-            .map_err(|source| ConnectError::Socket {
-                path: path.to_owned(),
-                source,
-            })?;
+        let stream = open(path).await.map_err(|source| ConnectError::Socket {
+            path: path.to_owned(),
+            source,
+        })?;
         let link = HostLink::connect(stream)
             .await
             .map_err(|source| ConnectError::Link { source })?;
@@ -214,6 +216,22 @@ impl AgentClient {
                 .into_inner()
                 .clean),
             Err(_) => Err(CallError::Late { call: CALL }),
+        }
+    }
+}
+
+/// Opens a VMM's socket.
+async fn open(path: &Path) -> io::Result<UnixStream> {
+    let start = Instant::now();
+    loop {
+        match UnixStream::connect(path).await {
+            Err(error)
+                if error.kind() == io::ErrorKind::ConnectionRefused
+                    && start.elapsed() < NOT_LISTENING_YET =>
+            {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            result => return result,
         }
     }
 }
