@@ -5,15 +5,30 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 /// Every crate of the workspace with those it may use directly, highest first.
-const ARROWS: [(&str, &[&str]); 15] = [
+const ARROWS: [(&str, &[&str]); 16] = [
     ("e2e", &[]),
-    ("bench", &["api", "agent-proto", "model", "sys", "vmm", "rootfs", "kernel"]),
+    ("bench", &[]),
+    ("bench-init", &[]),
     ("cli", &["api", "model"]),
     (
         "daemon",
-        &["agent-proto", "api", "engine", "image", "kernel", "model", "rootfs", "store", "sys", "vmm"],
+        &[
+            "agent-proto",
+            "api",
+            "engine",
+            "image",
+            "kernel",
+            "model",
+            "rootfs",
+            "store",
+            "sys",
+            "vmm",
+        ],
     ),
-    ("engine", &["agent-proto", "kernel", "model", "rootfs", "store", "sys", "vmm"]),
+    (
+        "engine",
+        &["agent-proto", "kernel", "model", "rootfs", "store", "sys", "vmm"],
+    ),
     ("rootfs", &["image", "model", "store", "sys"]),
     ("image", &["model", "store", "sys"]),
     ("kernel", &["model", "sys"]),
@@ -31,20 +46,33 @@ pub(crate) fn check(root: &Path) -> Result<Vec<String>> {
     let mut complaints = Vec::new();
     for entry in std::fs::read_dir(root.join("crates")).context("cannot list crates")? {
         let folder = entry?.path();
-        let name = folder.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = folder
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
         let manifest = folder.join("Cargo.toml");
-        let text = std::fs::read_to_string(&manifest).with_context(|| format!("cannot read {}", manifest.display()))?;
-        let parsed: toml::Table = text.parse().with_context(|| format!("cannot parse {}", manifest.display()))?;
+        let text = std::fs::read_to_string(&manifest)
+            .with_context(|| format!("cannot read {}", manifest.display()))?;
+        let parsed: toml::Table = text
+            .parse()
+            .with_context(|| format!("cannot parse {}", manifest.display()))?;
         let Some((_, allowed)) = ARROWS.iter().find(|(row, _)| *row == name) else {
             complaints.push(format!("crates/{name}: no row in xtask's arrows"));
             continue;
         };
-        let used = parsed.get("dependencies").and_then(toml::Value::as_table).into_iter().flatten();
+        let used = parsed
+            .get("dependencies")
+            .and_then(toml::Value::as_table)
+            .into_iter()
+            .flatten();
         for (dependency, _) in used {
             if let Some(other) = dependency.strip_prefix("offshoot-")
                 && !allowed.contains(&other)
             {
-                complaints.push(format!("crates/{name} may not use crates/{other}: the arrows point downwards"));
+                complaints.push(format!(
+                    "crates/{name} may not use crates/{other}: the arrows point downwards"
+                ));
             }
         }
     }

@@ -217,7 +217,10 @@ fn archive(path: &Path) -> Result<Upload, Failure> {
         }
         return Ok(Upload::from_reader(tokio::io::stdin(), None));
     }
-    let cannot = |e: &io::Error| Failure::io(format!("cannot read the archive `{}`", path.display()), e);
+    let cannot = |e: &io::Error| {
+        Failure::io(format!("cannot read the archive `{}`", path.display()), e)
+            .hint("name a file or an OCI layout folder that exists; see `offshoot image import --help`")
+    };
     let metadata = fs::metadata(path).map_err(|e| cannot(&e))?;
     if !metadata.is_dir() {
         let file = File::open(path).map_err(|e| cannot(&e))?;

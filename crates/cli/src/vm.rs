@@ -7,7 +7,7 @@ use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, StopQuery, VmSummary};
 use offshoot_model::VmName;
 
 use crate::age;
-use crate::error::{ERROR, Failure, low_byte, report_and_go_on};
+use crate::error::{ERROR, Failure, report_and_go_on};
 use crate::output::{Output, OutputArgs, json, line, now_ms, shorten, table};
 use crate::timings;
 use crate::values::vm_ref;
@@ -180,18 +180,15 @@ pub(crate) async fn rename(client: &Client, args: &RenameArgs) -> Result<u8, Fai
     Ok(0)
 }
 
-/// Prints the status of each VM, and ends with that of the last one.
+/// Prints the status of each VM; its own is 0 when all could be asked, as `docker wait`.
 pub(crate) async fn wait(client: &Client, args: &VmsArgs) -> Result<u8, Failure> {
     let mut answers = stream::iter(&args.vms)
         .map(|vm| client.wait_vm(vm))
         .buffered(args.vms.len());
-    let mut last = 0;
     while let Some(answer) = answers.next().await {
-        let code = answer?.exit.map_or(0, |exit| exit.code);
-        line(&code.to_string())?;
-        last = low_byte(code);
+        line(&answer?.exit.map_or(0, |exit| exit.code).to_string())?;
     }
-    Ok(last)
+    Ok(0)
 }
 
 /// Does the same to each VM, prints the names of those it worked for, and goes on after errors.

@@ -4,11 +4,12 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use offshoot_engine::capabilities::{
-    Accelerator, AgentCapability, FoldersCapability, KernelCapability, MainProcessCapability, OverlayCapability,
-    RootCapability, VmmCapability,
+    Accelerator, AgentCapability, FoldersCapability, KernelCapability, MainProcessCapability,
+    OverlayCapability, RootCapability, VmmCapability,
 };
 use offshoot_engine::capability::Capability;
 use offshoot_engine::engine::{Engine, EngineConfig, Parts};
@@ -23,6 +24,9 @@ use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
 
 use crate::config::DaemonConfig;
 use crate::images::Images;
+
+/// How long the rest of a broken download may wait for the pull that goes on with it.
+const KEEP_DOWNLOADS: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Everything that handlers share.
 pub struct App {
@@ -69,7 +73,10 @@ impl App {
         let data_dir = &absolute(data_dir)?;
         let run_dir = &absolute(run_dir)?;
         make_root(&data_dir.join("locks"), 0o700, gid)?;
-        let locks = [lock(&data_dir.join("locks/daemon"))?, lock(&run_dir.join("daemon.lock"))?];
+        let locks = [
+            lock(&data_dir.join("locks/daemon"))?,
+            lock(&run_dir.join("daemon.lock"))?,
+        ];
 
         let db = Db::open(data_dir)?;
         let blobs = BlobStore::open(data_dir)?;
@@ -78,25 +85,59 @@ impl App {
         for shared in ["bases", "kernels"] {
             make_root(&data_dir.join(shared), 0o710, gid)?;
         }
+        // What an earlier daemon did not finish. Nobody else makes anything here: the lock is ours.
+        let swept = offshoot_sys::durable::sweep(&data_dir.join("tmp"));
+        tracing::debug!(?swept, "swept unpublished work");
+        if let Err(error) = blobs.sweep_downloads(KEEP_DOWNLOADS) {
+            tracing::warn!(%error, "cannot sweep broken downloads");
+        }
         let agent = find_agent(config.agent.as_deref())?;
         let accelerator = accelerator().await;
-        tracing::info!(kvm = accelerator.probe.explanation, "guests run {}", match accelerator.accel {
-            Accel::Kvm => "on KVM",
-            Accel::Tcg => "emulated",
-        });
+        tracing::info!(
+            kvm = accelerator.probe.explanation,
+            "guests run {}",
+            match accelerator.accel {
+                Accel::Kvm => "on KVM",
+                Accel::Tcg => "emulated",
+            }
+        );
         let qemu: Arc<dyn Driver> = Arc::new(QemuDriver::new(QemuConfig {
             program: config.qemu.clone(),
             ..QemuConfig::default()
         }));
         let drivers = BTreeMap::from([(qemu.kind(), qemu)]);
+        for driver in drivers.values() {
+            let driver = Arc::clone(driver);
+            // It takes a tenth of a second and is kept: the first VM shall not wait for it.
+            tokio::spawn(async move {
+                if let Err(error) = driver.probe().await {
+                    tracing::warn!(vmm = driver.kind(), %error, "a VMM cannot be used");
+                }
+            });
+        }
 
         let capabilities: Vec<Arc<dyn Capability>> = vec![
-            Arc::new(FoldersCapability { roots: [data_dir.clone(), run_dir.clone()], gid }),
-            Arc::new(RootCapability { bases: Arc::clone(&bases) }),
-            Arc::new(OverlayCapability { bases: Arc::clone(&bases) }),
-            Arc::new(KernelCapability { kernels: Arc::clone(&kernels) }),
-            Arc::new(VmmCapability { drivers: drivers.clone(), accelerator: accelerator.clone(), gid }),
-            Arc::new(AgentCapability { boot_timeout: config.boot_timeout() }),
+            Arc::new(FoldersCapability {
+                roots: [data_dir.clone(), run_dir.clone()],
+                gid,
+            }),
+            Arc::new(RootCapability {
+                bases: Arc::clone(&bases),
+            }),
+            Arc::new(OverlayCapability {
+                bases: Arc::clone(&bases),
+            }),
+            Arc::new(KernelCapability {
+                kernels: Arc::clone(&kernels),
+            }),
+            Arc::new(VmmCapability {
+                drivers: drivers.clone(),
+                accelerator: accelerator.clone(),
+                gid,
+            }),
+            Arc::new(AgentCapability {
+                boot_timeout: config.boot_timeout(),
+            }),
             Arc::new(MainProcessCapability),
         ];
         let engine_config = EngineConfig {
@@ -106,7 +147,12 @@ impl App {
             uid_count: config.uid_count,
             gid,
         };
-        let engine = Engine::start(Parts { db: db.clone(), config: engine_config, capabilities }).await?;
+        let engine = Engine::start(Parts {
+            db: db.clone(),
+            config: engine_config,
+            capabilities,
+        })
+        .await?;
         refresh_kernel(&kernels, &agent).await;
         let images = Images::new(db, blobs, bases, engine.clone(), config.clone());
         Ok(Arc::new(Self {
@@ -141,13 +187,18 @@ fn make_root(path: &Path, mode: u32, gid: u32) -> anyhow::Result<()> {
 fn lock(path: &Path) -> anyhow::Result<FileLock> {
     match FileLock::try_exclusive(path).with_context(|| format!("cannot lock {}", path.display()))? {
         Some(lock) => Ok(lock),
-        None => bail!("another offshootd uses this directory ({} is locked)", path.display()),
+        None => bail!(
+            "another offshootd uses this directory ({} is locked)",
+            path.display()
+        ),
     }
 }
 
 /// The agent: as configured, beside this program, or where packages put it.
 fn find_agent(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
-    let beside = std::env::current_exe().ok().and_then(|exe| Some(exe.parent()?.join("offshoot-agent")));
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join("offshoot-agent")));
     let packaged = PathBuf::from("/usr/lib/offshoot/offshoot-agent");
     let places: Vec<PathBuf> = match configured {
         Some(path) => vec![path.to_owned()],
@@ -157,19 +208,29 @@ fn find_agent(configured: Option<&Path>) -> anyhow::Result<PathBuf> {
         Some(path) => Ok(path.clone()),
         None => bail!(
             "no offshoot-agent at {}; build it with `make build`, or set `agent` in the config",
-            places.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(" or ")
+            places
+                .iter()
+                .map(|p| p.display().to_string())
+                .collect::<Vec<_>>()
+                .join(" or ")
         ),
     }
 }
 
 /// Asks `/dev/kvm` with a short guest loop, so that one that only pretends is treated as absent.
 async fn accelerator() -> Accelerator {
-    let probe = tokio::task::spawn_blocking(offshoot_sys::kvm::probe).await.unwrap_or_else(|panic| {
-        std::panic::resume_unwind(panic.into_panic());
-    });
+    let probe = tokio::task::spawn_blocking(offshoot_sys::kvm::probe)
+        .await
+        .unwrap_or_else(|panic| {
+            std::panic::resume_unwind(panic.into_panic());
+        });
     let accel = if probe.native { Accel::Kvm } else { Accel::Tcg };
     let kvm_gid = std::fs::metadata("/dev/kvm").ok().map(|meta| meta.gid());
-    Accelerator { accel, probe, kvm_gid }
+    Accelerator {
+        accel,
+        probe,
+        kvm_gid,
+    }
 }
 
 /// Puts this version's agent into the default bundle when it holds another one. A failure is not the end: the old

@@ -50,8 +50,11 @@ impl DaemonConfig {
     /// Reads the file, or takes the defaults when none is named. An unknown key is an error: it would be a setting that
     /// silently does nothing.
     pub fn load(path: Option<&Path>) -> anyhow::Result<Self> {
-        let Some(path) = path else { return Ok(Self::default()) };
-        let text = std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+        let Some(path) = path else {
+            return Ok(Self::default());
+        };
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
         toml::from_str(&text).with_context(|| format!("cannot understand {}", path.display()))
     }
 
@@ -80,7 +83,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("c.toml");
         std::fs::write(&path, "boot_timeout_s = 5\n").unwrap();
-        assert_eq!(DaemonConfig::load(Some(&path)).unwrap().boot_timeout(), Duration::from_secs(5));
+        assert_eq!(
+            DaemonConfig::load(Some(&path)).unwrap().boot_timeout(),
+            Duration::from_secs(5)
+        );
         std::fs::write(&path, "boot_timeout = 5\n").unwrap();
         assert!(DaemonConfig::load(Some(&path)).is_err());
         assert!(DaemonConfig::load(Some(&dir.path().join("none"))).is_err());

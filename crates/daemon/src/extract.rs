@@ -37,6 +37,9 @@ impl<T: DeserializeOwned, S: Send + Sync> FromRequestParts<S> for Query<T> {
 
 fn refused(why: &str) -> Failure {
     let why: String = why.chars().take(300).collect();
-    Failure::new(ErrorKind::InvalidRequest, format!("cannot understand the request: {why}"))
-        .hint("see GET /openapi.json")
+    Failure::new(
+        ErrorKind::InvalidRequest,
+        format!("cannot understand the request: {why}"),
+    )
+    .hint("see GET /openapi.json")
 }

@@ -46,8 +46,21 @@ pub struct ReadyImage {
 
 impl Images {
     /// All images of one data directory.
-    pub fn new(db: Db, blobs: BlobStore, bases: Arc<BaseStore>, engine: Engine, config: DaemonConfig) -> Self {
-        Self { db, blobs, bases, engine, config: Arc::new(config), in_use: Arc::default() }
+    pub fn new(
+        db: Db,
+        blobs: BlobStore,
+        bases: Arc<BaseStore>,
+        engine: Engine,
+        config: DaemonConfig,
+    ) -> Self {
+        Self {
+            db,
+            blobs,
+            bases,
+            engine,
+            config: Arc::new(config),
+            in_use: Arc::default(),
+        }
     }
 
     /// Every name, newest first.
@@ -73,7 +86,11 @@ impl Images {
             layers: image
                 .layers
                 .iter()
-                .map(|layer| LayerSummary { digest: layer.digest, diff_id: layer.diff_id, size: layer.size })
+                .map(|layer| LayerSummary {
+                    digest: layer.digest,
+                    diff_id: layer.diff_id,
+                    size: layer.size,
+                })
                 .collect(),
             base,
         })
@@ -81,26 +98,37 @@ impl Images {
 
     /// Fetches an image from its registry.
     pub async fn pull(&self, request: PullRequest, progress: &Progress) -> Answer<ImageSummary> {
+        let result = self.try_pull(request, progress).await;
+        self.settled(result).await
+    }
+
+    async fn try_pull(&self, request: PullRequest, progress: &Progress) -> Answer<ImageSummary> {
         let reference: ImageReference = request.reference.parse()?;
         let lease = self.in_use.clone().read_owned().await;
         let options = PullOptions {
             platform: request.platform,
             auth: match request.auth {
                 None => RegistryAuth::Anonymous,
-                Some(RegistryCredentials::Basic { username, password }) => {
-                    RegistryAuth::Basic { user: username, password }
-                }
+                Some(RegistryCredentials::Basic { username, password }) => RegistryAuth::Basic {
+                    user: username,
+                    password,
+                },
                 Some(RegistryCredentials::Bearer { token }) => RegistryAuth::Bearer(token),
             },
             plain_http: self.config.insecure_registries.clone(),
-            ..PullOptions::default()
         };
         let digest = registry::pull(&self.blobs, &reference.to_string(), &options, progress).await?;
-        self.keep(&reference, digest, request.prepare, progress, lease).await
+        self.keep(&reference, digest, request.prepare, progress, lease)
+            .await
     }
 
     /// Makes an image from the distribution's own packages.
     pub async fn bootstrap(&self, request: BootstrapRequest, progress: &Progress) -> Answer<ImageSummary> {
+        let result = self.try_bootstrap(request, progress).await;
+        self.settled(result).await
+    }
+
+    async fn try_bootstrap(&self, request: BootstrapRequest, progress: &Progress) -> Answer<ImageSummary> {
         let name = request.name.as_deref().unwrap_or(&request.recipe);
         let reference: ImageReference = name.parse()?;
         let lease = self.in_use.clone().read_owned().await;
@@ -111,11 +139,23 @@ impl Images {
             ..BootstrapOptions::default()
         };
         let digest = bootstrap::bootstrap(&self.blobs, &options, progress).await?;
-        self.keep(&reference, digest, request.prepare, progress, lease).await
+        self.keep(&reference, digest, request.prepare, progress, lease)
+            .await
     }
 
     /// Takes an archive in.
     pub async fn import(
+        &self,
+        source: impl Read + Send + 'static,
+        name: Option<&str>,
+        prepare: bool,
+        progress: &Progress,
+    ) -> Answer<Vec<ImageSummary>> {
+        let result = self.try_import(source, name, prepare, progress).await;
+        self.settled(result).await
+    }
+
+    async fn try_import(
         &self,
         source: impl Read + Send + 'static,
         name: Option<&str>,
@@ -137,12 +177,17 @@ impl Images {
         let mut kept = Vec::new();
         for image in imported {
             let Some(name) = image.reference else {
-                return Err(Failure::new(ErrorKind::InvalidRequest, "the archive does not name its image")
-                    .hint("give it one with `offshoot image import --name REF`"));
+                return Err(
+                    Failure::new(ErrorKind::InvalidRequest, "the archive does not name its image")
+                        .hint("give it one with `offshoot image import --name REF`"),
+                );
             };
             let reference: ImageReference = name.parse()?;
             let lease = self.in_use.clone().read_owned().await;
-            kept.push(self.keep(&reference, image.digest, prepare, progress, lease).await?);
+            kept.push(
+                self.keep(&reference, image.digest, prepare, progress, lease)
+                    .await?,
+            );
         }
         drop(lease);
         self.sweep_if_idle().await;
@@ -164,7 +209,11 @@ impl Images {
         let lease = self.in_use.clone().read_owned().await;
         let image = StoredImage::load(&self.blobs, &row.digest)?;
         let base = self.bases.ensure(&image, progress).await?;
-        Ok(ReadyImage { image, base: base.id.clone(), lease })
+        Ok(ReadyImage {
+            image,
+            base: base.id.clone(),
+            lease,
+        })
     }
 
     /// Forgets a name; what nothing else needs is deleted.
@@ -181,24 +230,52 @@ impl Images {
     }
 
     fn refuse_if_used(&self, row: &ImageRow, force: bool) -> Answer<()> {
-        let users: Vec<_> = self.engine.list().iter().map(|handle| handle.view.borrow().clone()).collect();
+        let users: Vec<_> = self
+            .engine
+            .list()
+            .iter()
+            .map(|handle| handle.view.borrow().clone())
+            .collect();
         let users: Vec<_> = users.iter().filter(|vm| vm.image_digest == row.digest).collect();
         let running: Vec<_> = users.iter().filter(|vm| vm.life.state.has_vmm()).collect();
         let named = |vms: &[&Arc<offshoot_engine::definition::VmRecord>]| {
-            vms.iter().map(|vm| format!("`{}`", vm.name)).collect::<Vec<_>>().join(", ")
+            vms.iter()
+                .map(|vm| format!("`{}`", vm.name))
+                .collect::<Vec<_>>()
+                .join(", ")
         };
         let refuse = |vms: &[&Arc<_>], what: &str, hint: &str| {
-            let message = format!("image `{}` is used by {what} {}", short(&row.reference), named(vms));
+            let message = format!(
+                "image `{}` is used by {what} {}",
+                short(&row.reference),
+                named(vms)
+            );
             Err(Failure::new(ErrorKind::Conflict, message).hint(hint))
         };
         if !running.is_empty() {
             let running: Vec<_> = running.into_iter().copied().collect();
-            return refuse(&running, "running VM", "remove the VM first with `offshoot rm -f VM`");
+            return refuse(
+                &running,
+                "running VM",
+                "remove the VM first with `offshoot rm -f VM`",
+            );
         }
         if !users.is_empty() && !force {
-            return refuse(&users, "VM", "remove the VM first with `offshoot rm VM`, or use `offshoot image rm -f`");
+            return refuse(
+                &users,
+                "VM",
+                "remove the VM first with `offshoot rm VM`, or use `offshoot image rm -f`",
+            );
         }
         Ok(())
+    }
+
+    /// After a failure, what was stored for nothing is deleted.
+    async fn settled<T>(&self, result: Answer<T>) -> Answer<T> {
+        if result.is_err() {
+            self.sweep_if_idle().await;
+        }
+        result
     }
 
     /// Names an image that is in the store and prepares it.
@@ -214,9 +291,15 @@ impl Images {
         if prepare {
             self.bases.ensure(&image, progress).await?;
         }
-        let row = ImageRow { reference: reference.to_string(), digest, created_ms: now_ms() };
+        let row = ImageRow {
+            reference: reference.to_string(),
+            digest,
+            created_ms: now_ms(),
+        };
         let written = row.clone();
-        self.db.call(move |db| db.put_image(&written.reference, &written.digest, written.created_ms)).await?;
+        self.db
+            .call(move |db| db.put_image(&written.reference, &written.digest, written.created_ms))
+            .await?;
         drop(lease);
         self.sweep_if_idle().await;
         self.summary(&row)
@@ -244,7 +327,10 @@ impl Images {
         }
         let digits = text.strip_prefix("sha256:").unwrap_or(text);
         if digits.len() >= 6 && digits.bytes().all(|b| b.is_ascii_hexdigit()) {
-            let mut found: Vec<_> = rows.iter().filter(|row| row.digest.hex().starts_with(digits)).collect();
+            let mut found: Vec<_> = rows
+                .iter()
+                .filter(|row| row.digest.hex().starts_with(digits))
+                .collect();
             found.dedup_by_key(|row| row.digest);
             match found.as_slice() {
                 [row] => return Ok((*row).clone()),
@@ -259,7 +345,9 @@ impl Images {
         text.parse::<ImageReference>()?;
         let shown: String = text.chars().take(200).collect();
         let hint = if shown.starts_with("debian:") {
-            format!("make it with `offshoot image bootstrap {shown}`, or fetch it with `offshoot image pull {shown}`")
+            format!(
+                "make it with `offshoot image bootstrap {shown}`, or fetch it with `offshoot image pull {shown}`"
+            )
         } else {
             format!("fetch it with `offshoot image pull {shown}`, or see `offshoot image ls`")
         };
@@ -268,7 +356,9 @@ impl Images {
 
     /// Deletes blobs and bases that nothing needs, unless somebody is making some just now: then that one's end sweeps.
     pub async fn sweep_if_idle(&self) {
-        let Ok(alone) = self.in_use.clone().try_write_owned() else { return };
+        let Ok(alone) = self.in_use.clone().try_write_owned() else {
+            return;
+        };
         let this = self.clone();
         let swept = tokio::task::spawn_blocking(move || {
             let result = this.sweep();
@@ -290,7 +380,12 @@ impl Images {
             needed.extend(image.blobs());
             needed_bases.insert(base_id(&image.digest));
         }
-        needed_bases.extend(self.engine.list().iter().map(|handle| handle.view.borrow().base_id.clone()));
+        needed_bases.extend(
+            self.engine
+                .list()
+                .iter()
+                .map(|handle| handle.view.borrow().base_id.clone()),
+        );
         for base in self.bases.list()? {
             if !needed_bases.contains(&base.id) {
                 tracing::info!(base = %base.id, "deleting a base that nothing needs");
@@ -308,5 +403,7 @@ impl Images {
 
 /// A normalised reference as users write it.
 fn short(reference: &str) -> String {
-    reference.parse::<ImageReference>().map_or_else(|_| reference.to_owned(), |parsed| parsed.short())
+    reference
+        .parse::<ImageReference>()
+        .map_or_else(|_| reference.to_owned(), |parsed| parsed.short())
 }

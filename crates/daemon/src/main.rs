@@ -28,10 +28,20 @@ use crate::config::DaemonConfig;
 #[command(name = "offshootd", version)]
 struct Arguments {
     /// Where images, bases, kernels and VMs are kept
-    #[arg(long, value_name = "DIR", default_value = "/var/lib/offshoot", env = "OFFSHOOT_DATA_DIR")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/var/lib/offshoot",
+        env = "OFFSHOOT_DATA_DIR"
+    )]
     data_dir: PathBuf,
     /// Where sockets lie
-    #[arg(long, value_name = "DIR", default_value = "/run/offshoot", env = "OFFSHOOT_RUN_DIR")]
+    #[arg(
+        long,
+        value_name = "DIR",
+        default_value = "/run/offshoot",
+        env = "OFFSHOOT_RUN_DIR"
+    )]
     run_dir: PathBuf,
     /// The API's socket [default: RUN_DIR/api.sock]
     #[arg(long, value_name = "PATH", env = "OFFSHOOT_SOCKET")]
@@ -47,7 +57,9 @@ struct Arguments {
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let filter = EnvFilter::try_from_env("OFFSHOOT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     if arguments.log_json {
         log.json().init();
     } else {
@@ -56,7 +68,14 @@ fn main() -> ExitCode {
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{}", error.chain().map(ToString::to_string).collect::<Vec<_>>().join(": "));
+            tracing::error!(
+                "{}",
+                error
+                    .chain()
+                    .map(ToString::to_string)
+                    .collect::<Vec<_>>()
+                    .join(": ")
+            );
             ExitCode::FAILURE
         }
     }
@@ -64,7 +83,9 @@ fn main() -> ExitCode {
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
     let config = DaemonConfig::load(arguments.config.as_deref())?;
-    let socket = arguments.socket.unwrap_or_else(|| arguments.run_dir.join("api.sock"));
+    let socket = arguments
+        .socket
+        .unwrap_or_else(|| arguments.run_dir.join("api.sock"));
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     runtime.block_on(async {
         let app = App::start(&arguments.data_dir, &arguments.run_dir, &socket, config).await?;
@@ -85,7 +106,8 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
 /// Returns on SIGTERM or SIGINT. Open sessions do not hold the end up: two seconds later the process ends anyway.
 async fn shutdown_asked() {
     use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) = (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
+    let (Ok(mut terminate), Ok(mut interrupt)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
     else {
         return std::future::pending().await;
     };

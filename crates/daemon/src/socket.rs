@@ -21,7 +21,8 @@ pub fn listen(path: &Path, group: &str) -> anyhow::Result<UnixListener> {
     rustix::process::umask(before);
     let listener = bound.with_context(|| format!("cannot listen at {}", path.display()))?;
     if let Some(gid) = group_id(&std::fs::read_to_string("/etc/group").unwrap_or_default(), group) {
-        chown(path, None, Some(gid)).with_context(|| format!("cannot give {} to the group `{group}`", path.display()))?;
+        chown(path, None, Some(gid))
+            .with_context(|| format!("cannot give {} to the group `{group}`", path.display()))?;
     }
     std::fs::set_permissions(path, PermissionsExt::from_mode(0o660))
         .with_context(|| format!("cannot set the mode of {}", path.display()))?;

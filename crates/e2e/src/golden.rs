@@ -1,7 +1,7 @@
 //! The image and the kernel that tests start from, made once by the real commands.
 
 use std::fs::File;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -15,13 +15,14 @@ fn folder() -> PathBuf {
 pub(crate) fn link_into(data: &Path) {
     let golden = folder();
     ensure(&golden);
-    for shared in ["blobs", "bases", "kernels"] {
-        let status = Command::new("cp").arg("-al").arg(golden.join(shared)).arg(data.join("..").join(shared)).status();
-        assert!(status.is_ok_and(|status| status.success()), "cp -al");
-    }
     std::fs::create_dir_all(data).expect("a data directory");
     for shared in ["blobs", "bases", "kernels"] {
-        std::fs::rename(data.join("..").join(shared), data.join(shared)).expect("rename");
+        let status = Command::new("cp")
+            .arg("-al")
+            .arg(golden.join(shared))
+            .arg(data.join(shared))
+            .status();
+        assert!(status.is_ok_and(|status| status.success()), "cp -al");
     }
     std::fs::copy(golden.join("offshoot.db"), data.join("offshoot.db")).expect("the database");
 }
@@ -43,9 +44,16 @@ fn ensure(golden: &Path) {
     let socket = root.join("run/api.sock");
     let offshoot = |arguments: &[&str]| {
         let mut command = Command::new(bin_dir().join("offshoot"));
-        command.env("OFFSHOOT_SOCKET", &socket).args(arguments).stdin(Stdio::null()).output().expect("the CLI")
+        command
+            .env("OFFSHOOT_SOCKET", &socket)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .output()
+            .expect("the CLI")
     };
-    wait_until("the daemon to answer", || offshoot(&["system", "info"]).status.success());
+    wait_until("the daemon to answer", || {
+        offshoot(&["system", "info"]).status.success()
+    });
     for arguments in [&["kernel", "add", "--distro"][..], &["image", "bootstrap", IMAGE]] {
         let output = offshoot(arguments);
         assert!(
@@ -59,7 +67,10 @@ fn ensure(golden: &Path) {
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
     daemon.wait().expect("the daemon ends");
     // Everything is in the database file itself once its last user closed it.
-    assert!(!root.join("data/offshoot.db-wal").exists(), "the daemon did not close its database");
+    assert!(
+        !root.join("data/offshoot.db-wal").exists(),
+        "the daemon did not close its database"
+    );
     std::fs::rename(root.join("data"), golden).expect("rename");
     let _ = std::fs::remove_dir_all(&root);
 }

@@ -15,7 +15,12 @@ impl Inventory {
     /// What there is of `folder` now.
     pub fn of(folder: &Path) -> Self {
         let folder = folder.to_string_lossy().into_owned();
-        let named = |text: String| text.lines().filter(|line| line.contains(&folder)).map(str::to_owned).collect();
+        let named = |text: String| {
+            text.lines()
+                .filter(|line| line.contains(&folder))
+                .map(str::to_owned)
+                .collect()
+        };
         Self {
             processes: processes(&folder),
             mounts: named(std::fs::read_to_string("/proc/mounts").unwrap_or_default()),
@@ -39,6 +44,10 @@ fn processes(folder: &str) -> Vec<String> {
 }
 
 fn losetup() -> String {
-    let output = Command::new("losetup").args(["-ln", "-O", "NAME,BACK-FILE"]).output();
-    output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default()
+    let output = Command::new("losetup")
+        .args(["-ln", "-O", "NAME,BACK-FILE"])
+        .output();
+    output
+        .map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+        .unwrap_or_default()
 }

@@ -5,8 +5,14 @@
 //! `target/<profile>` beside the test. Needs root; where something is missing the test fails and says what: nothing is
 //! skipped silently.
 
-#![expect(missing_docs, reason = "a test harness: the names say it, and nobody else calls it")]
-#![expect(clippy::disallowed_methods, reason = "the harness polls processes that it does not control")]
+#![expect(
+    missing_docs,
+    reason = "a test harness: the names say it, and nobody else calls it"
+)]
+#![expect(
+    clippy::disallowed_methods,
+    reason = "the harness polls processes that it does not control"
+)]
 #![expect(clippy::print_stderr, reason = "what a failed test said is for people")]
 
 mod golden;
@@ -15,7 +21,7 @@ mod leaks;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Write as _;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -32,7 +38,10 @@ pub const PATIENCE: Duration = Duration::from_secs(120);
 pub fn bin_dir() -> PathBuf {
     // target/<profile>/deps/<test> → target/<profile>
     let exe = std::env::current_exe().expect("a test knows its own path");
-    exe.ancestors().nth(2).expect("tests lie in target/<profile>/deps").to_owned()
+    exe.ancestors()
+        .nth(2)
+        .expect("tests lie in target/<profile>/deps")
+        .to_owned()
 }
 
 /// A daemon with directories of its own.
@@ -80,7 +89,10 @@ impl Daemon {
     }
 
     fn folder() -> tempfile::TempDir {
-        let root = tempfile::Builder::new().prefix("offshoot-e2e-").tempdir().expect("a temporary folder");
+        let root = tempfile::Builder::new()
+            .prefix("offshoot-e2e-")
+            .tempdir()
+            .expect("a temporary folder");
         // VMMs run as other users and pass through.
         std::fs::set_permissions(root.path(), PermissionsExt::from_mode(0o711)).expect("chmod");
         root
@@ -91,13 +103,20 @@ impl Daemon {
         let mut before = Inventory::of(root.path());
         before.mounts.clear();
         let child = spawn(root.path());
-        let daemon = Self { child, before, small_disk, root };
+        let daemon = Self {
+            child,
+            before,
+            small_disk,
+            root,
+        };
         daemon.wait_ready();
         daemon
     }
 
     fn wait_ready(&self) {
-        wait_until("the daemon to answer", || self.cli(["system", "info"]).run().status.success());
+        wait_until("the daemon to answer", || {
+            self.cli(["system", "info"]).run().status.success()
+        });
     }
 
     pub fn root(&self) -> &Path {
@@ -120,7 +139,10 @@ impl Daemon {
     /// `offshoot ARGUMENTS` against this daemon.
     pub fn cli<S: AsRef<OsStr>>(&self, arguments: impl IntoIterator<Item = S>) -> Cli {
         let mut command = Command::new(bin_dir().join("offshoot"));
-        command.env("OFFSHOOT_SOCKET", self.socket()).env("HOME", self.root.path()).args(arguments);
+        command
+            .env("OFFSHOOT_SOCKET", self.socket())
+            .env("HOME", self.root.path())
+            .args(arguments);
         Cli { command, stdin: None }
     }
 
@@ -163,7 +185,11 @@ impl Daemon {
         let data = self.data();
         assert_eq!(names(&data.join("vms")), [""; 0], "files of VMs are left");
         assert_eq!(names(&data.join("tmp")), [""; 0], "unpublished work is left");
-        assert_eq!(names(&self.root.path().join("run/vms")), [""; 0], "sockets of VMs are left");
+        assert_eq!(
+            names(&self.root.path().join("run/vms")),
+            [""; 0],
+            "sockets of VMs are left"
+        );
         self.stop();
         self.small_disk = None;
         let after = Inventory::of(self.root.path());
@@ -193,14 +219,18 @@ impl Drop for Daemon {
             if self.child.try_wait().is_ok_and(|exit| exit.is_some()) {
                 self.child = spawn(self.root.path());
                 let began = Instant::now();
-                while began.elapsed() < Duration::from_secs(5) && !self.cli(["version"]).run().status.success() {
+                while began.elapsed() < Duration::from_secs(5)
+                    && !self.cli(["version"]).run().status.success()
+                {
                     std::thread::sleep(Duration::from_millis(50));
                 }
             }
             let ids = self.cli(["ps", "-aq"]).run();
             let ids = String::from_utf8_lossy(&ids.stdout).into_owned();
             if !ids.trim().is_empty() {
-                let _ = self.cli(["rm", "-f"].into_iter().chain(ids.split_whitespace())).run();
+                let _ = self
+                    .cli(["rm", "-f"].into_iter().chain(ids.split_whitespace()))
+                    .run();
             }
         }
         self.stop();
@@ -208,7 +238,11 @@ impl Drop for Daemon {
 }
 
 fn spawn(root: &Path) -> Child {
-    let log = File::options().create(true).append(true).open(root.join("daemon.log")).expect("the daemon's log");
+    let log = File::options()
+        .create(true)
+        .append(true)
+        .open(root.join("daemon.log"))
+        .expect("the daemon's log");
     Command::new(bin_dir().join("offshootd"))
         .arg("--data-dir")
         .arg(root.join("data"))
@@ -216,7 +250,10 @@ fn spawn(root: &Path) -> Child {
         .arg(root.join("run"))
         .arg("--socket")
         .arg(root.join("run/api.sock"))
-        .env("OFFSHOOT_LOG", "info,offshoot_engine=debug,offshoot_vmm=debug,offshootd=debug")
+        .env(
+            "OFFSHOOT_LOG",
+            "info,offshoot_engine=debug,offshoot_vmm=debug,offshootd=debug",
+        )
         .stdin(Stdio::null())
         .stderr(log)
         .spawn()
@@ -225,9 +262,13 @@ fn spawn(root: &Path) -> Child {
 
 /// The names in a folder; none where it is missing.
 pub fn names(folder: &Path) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
-    let mut names: Vec<_> =
-        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return Vec::new();
+    };
+    let mut names: Vec<_> = entries
+        .flatten()
+        .map(|entry| entry.file_name().to_string_lossy().into_owned())
+        .collect();
     names.sort();
     names
 }
@@ -261,7 +302,11 @@ impl Cli {
 
     /// Starts it with pipes.
     pub fn spawn(mut self) -> Child {
-        let stdin = if self.stdin.is_some() { Stdio::piped() } else { Stdio::null() };
+        let stdin = if self.stdin.is_some() {
+            Stdio::piped()
+        } else {
+            Stdio::null()
+        };
         let mut child = self
             .command
             .stdin(stdin)
@@ -285,7 +330,12 @@ impl Cli {
     pub fn ok(self) -> String {
         let shown = format!("{:?}", self.command);
         let output = self.run();
-        assert!(output.status.success(), "{shown}: {}\n{}", output.status, text(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{shown}: {}\n{}",
+            output.status,
+            text(&output.stderr)
+        );
         text(&output.stdout).trim_end_matches('\n').to_owned()
     }
 
@@ -294,7 +344,12 @@ impl Cli {
         let shown = format!("{:?}", self.command);
         let output = self.run();
         let error = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(status), "{shown}: {}\n{error}", output.status);
+        assert_eq!(
+            output.status.code(),
+            Some(status),
+            "{shown}: {}\n{error}",
+            output.status
+        );
         error
     }
 }

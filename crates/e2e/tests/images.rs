@@ -17,7 +17,11 @@ impl Registry {
     fn start() -> Self {
         let dir = tempfile::tempdir().unwrap();
         // The port is free between the drop and the registry's bind; nothing else here binds fixed ports.
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
         let config = dir.path().join("config.yml");
         let text = format!(
             "version: 0.1\nstorage:\n  filesystem:\n    rootdirectory: {}/data\nhttp:\n  addr: 127.0.0.1:{port}\n",
@@ -31,13 +35,25 @@ impl Registry {
             .stderr(Stdio::null())
             .spawn()
             .expect("docker-registry, which `make install-deps` installs");
-        wait_until("the registry to answer", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        Self { child, port, _dir: dir }
+        wait_until("the registry to answer", || {
+            std::net::TcpStream::connect(("127.0.0.1", port)).is_ok()
+        });
+        Self {
+            child,
+            port,
+            _dir: dir,
+        }
     }
 
     fn push(&self, source: &str, name: &str) {
         let output = Command::new("skopeo")
-            .args(["--insecure-policy", "copy", "--dest-tls-verify=false", "-q", source])
+            .args([
+                "--insecure-policy",
+                "copy",
+                "--dest-tls-verify=false",
+                "-q",
+                source,
+            ])
             .arg(format!("docker://127.0.0.1:{}/{name}", self.port))
             .output()
             .expect("skopeo, which `make install-deps` installs");
@@ -54,9 +70,12 @@ impl Drop for Registry {
 
 /// An OCI layout of the golden image's own layer, written by hand out of what `inspect` and the blobs say.
 fn layout_of_the_golden_image(daemon: &Daemon, into: &Path) {
-    let details: serde_json::Value =
-        serde_json::from_str(&daemon.ok(["image", "inspect", IMAGE])).unwrap();
-    let details = if details.is_array() { details[0].clone() } else { details };
+    let details: serde_json::Value = serde_json::from_str(&daemon.ok(["image", "inspect", IMAGE])).unwrap();
+    let details = if details.is_array() {
+        details[0].clone()
+    } else {
+        details
+    };
     let digest = details["digest"].as_str().unwrap();
     let blobs = into.join("blobs/sha256");
     std::fs::create_dir_all(&blobs).unwrap();
@@ -82,7 +101,10 @@ fn an_image_pushed_by_skopeo_is_pulled_and_runs() {
     registry.push(&format!("oci:{}:layout", layout.display()), "team/debian:12");
     let reference = format!("127.0.0.1:{}/team/debian:12", registry.port);
     daemon.ok(["image", "pull", &reference]);
-    assert_eq!(daemon.ok(["run", "--rm", &reference, "sh", "-c", "echo from a registry"]), "from a registry");
+    assert_eq!(
+        daemon.ok(["run", "--rm", &reference, "sh", "-c", "echo from a registry"]),
+        "from a registry"
+    );
 
     // Like Docker, `run` fetches what is not there.
     daemon.ok(["image", "rm", &reference]);
@@ -90,7 +112,9 @@ fn an_image_pushed_by_skopeo_is_pulled_and_runs() {
     let unknown = format!("127.0.0.1:{}/team/none:1", registry.port);
     let error = daemon.cli(["image", "pull", &unknown]).fails(1);
     assert!(error.contains("hint:"), "{error}");
-    let other = daemon.cli(["image", "pull", "--platform", "linux/s390x", &reference]).fails(1);
+    let other = daemon
+        .cli(["image", "pull", "--platform", "linux/s390x", &reference])
+        .fails(1);
     assert!(other.contains("amd64"), "the error lists what there is: {other}");
     daemon.finish();
 }
@@ -102,7 +126,12 @@ fn archives_of_every_kind_become_images_that_run() {
     layout_of_the_golden_image(&daemon, &layout);
     let archive = daemon.root().join("docker.tar");
     let output = Command::new("skopeo")
-        .args(["--insecure-policy", "copy", "-q", &format!("oci:{}:layout", layout.display())])
+        .args([
+            "--insecure-policy",
+            "copy",
+            "-q",
+            &format!("oci:{}:layout", layout.display()),
+        ])
         .arg(format!("docker-archive:{}:saved:1", archive.display()))
         .output()
         .unwrap();
@@ -110,10 +139,20 @@ fn archives_of_every_kind_become_images_that_run() {
 
     daemon.ok(["image", "import", archive.to_str().unwrap()]);
     daemon.ok(["image", "import", "--name", "folder:1", layout.to_str().unwrap()]);
-    let tar = Command::new("tar").args(["-C", layout.to_str().unwrap(), "-c", "."]).output().unwrap();
-    daemon.cli(["image", "import", "--name", "piped:1", "-"]).stdin(tar.stdout).ok();
+    let tar = Command::new("tar")
+        .args(["-C", layout.to_str().unwrap(), "-c", "."])
+        .output()
+        .unwrap();
+    daemon
+        .cli(["image", "import", "--name", "piped:1", "-"])
+        .stdin(tar.stdout)
+        .ok();
     for image in ["saved:1", "folder:1", "piped:1"] {
-        assert_eq!(daemon.ok(["run", "--rm", image, "sh", "-c", "echo it runs"]), "it runs", "{image}");
+        assert_eq!(
+            daemon.ok(["run", "--rm", image, "sh", "-c", "echo it runs"]),
+            "it runs",
+            "{image}"
+        );
     }
     let table = daemon.ok(["image", "ls"]);
     for name in ["saved:1", "folder:1", "piped:1", IMAGE] {

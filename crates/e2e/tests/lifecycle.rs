@@ -6,8 +6,14 @@ use offshoot_e2e::{Daemon, IMAGE, names, text, wait_until};
 fn ten_vms_share_one_base_and_take_little_each() {
     let daemon = Daemon::start();
     let vms: Vec<String> = (0..10).map(|n| format!("vm{n}")).collect();
-    let children: Vec<_> =
-        vms.iter().map(|vm| daemon.cli(["run", "-d", "--name", vm, IMAGE, "sleep", "1000"]).spawn()).collect();
+    let children: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            daemon
+                .cli(["run", "-d", "--name", vm, IMAGE, "sleep", "1000"])
+                .spawn()
+        })
+        .collect();
     for child in children {
         let output = child.wait_with_output().unwrap();
         assert!(output.status.success(), "{}", text(&output.stderr));
@@ -23,8 +29,16 @@ fn ten_vms_share_one_base_and_take_little_each() {
     for vm in &vms {
         let details = daemon.inspect(vm);
         let folder = details["directory"].as_str().unwrap();
-        let du = std::process::Command::new("du").args(["-sk", folder]).output().unwrap();
-        let kib: u64 = text(&du.stdout).split_whitespace().next().unwrap().parse().unwrap();
+        let du = std::process::Command::new("du")
+            .args(["-sk", folder])
+            .output()
+            .unwrap();
+        let kib: u64 = text(&du.stdout)
+            .split_whitespace()
+            .next()
+            .unwrap()
+            .parse()
+            .unwrap();
         assert!(kib < 2048, "{vm} takes {kib} KiB");
         assert!(kib > 0);
     }
@@ -34,30 +48,63 @@ fn ten_vms_share_one_base_and_take_little_each() {
 #[test]
 fn vms_outlive_a_killed_daemon() {
     let mut daemon = Daemon::start();
-    daemon.ok(["run", "-d", "--name", "steady", IMAGE, "sh", "-c", "n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done"]);
-    daemon.ok(["run", "-d", "--name", "brief", IMAGE, "sh", "-c", "while ! test -e /go; do sleep 0.1; done; echo bye; exit 6"]);
-    let mut parting = daemon.cli(["exec", "brief", "sh", "-c", "sleep 2; touch /go"]).spawn();
+    daemon.ok([
+        "run",
+        "-d",
+        "--name",
+        "steady",
+        IMAGE,
+        "sh",
+        "-c",
+        "n=0; while :; do echo $n; n=$((n+1)); sleep 0.2; done",
+    ]);
+    daemon.ok([
+        "run",
+        "-d",
+        "--name",
+        "brief",
+        IMAGE,
+        "sh",
+        "-c",
+        "while ! test -e /go; do sleep 0.1; done; echo bye; exit 6",
+    ]);
+    let mut parting = daemon
+        .cli(["exec", "brief", "sh", "-c", "sleep 2; touch /go"])
+        .spawn();
     let pid = daemon.inspect("steady")["pid"].as_i64().unwrap();
-    wait_until("some output", || daemon.ok(["logs", "steady"]).lines().count() > 3);
+    wait_until("some output", || {
+        daemon.ok(["logs", "steady"]).lines().count() > 3
+    });
     daemon.kill();
     let _ = parting.wait();
     // The main process of `brief` ends while no daemon runs: its status and last words are kept for the next one.
     daemon.start_again();
-    assert_eq!(daemon.inspect("steady")["pid"].as_i64(), Some(pid), "the same process");
-    wait_until("the agent to be found again", || daemon.cli(["exec", "steady", "true"]).run().status.success());
+    assert_eq!(
+        daemon.inspect("steady")["pid"].as_i64(),
+        Some(pid),
+        "the same process"
+    );
+    wait_until("the agent to be found again", || {
+        daemon.cli(["exec", "steady", "true"]).run().status.success()
+    });
     assert_eq!(daemon.ok(["exec", "steady", "echo", "again"]), "again");
     assert_eq!(daemon.ok(["wait", "brief"]), "6");
     assert_eq!(daemon.ok(["logs", "brief"]), "bye");
     // No line is missing or twice.
     let counted = daemon.ok(["logs", "steady"]);
     let numbers: Vec<u64> = counted.lines().map(|line| line.parse().unwrap()).collect();
-    assert!(numbers.iter().enumerate().all(|(n, number)| n as u64 == *number), "{numbers:?}");
+    assert!(
+        numbers.iter().enumerate().all(|(n, number)| n as u64 == *number),
+        "{numbers:?}"
+    );
     let console = daemon.cli(["logs", "--console", "steady"]).run();
     assert!(console.status.success(), "{}", text(&console.stderr));
     // Once more, and stop in the usual way.
     daemon.kill();
     daemon.start_again();
-    wait_until("the agent to be found again", || daemon.cli(["exec", "steady", "true"]).run().status.success());
+    wait_until("the agent to be found again", || {
+        daemon.cli(["exec", "steady", "true"]).run().status.success()
+    });
     daemon.ok(["stop", "-t", "2", "steady"]);
     assert_eq!(daemon.state("steady"), "stopped");
     daemon.finish();
@@ -67,7 +114,13 @@ fn vms_outlive_a_killed_daemon() {
 fn a_vm_keeps_its_files_over_stop_and_start() {
     let daemon = Daemon::start();
     daemon.ok(["run", "-d", "--name", "keeper", IMAGE, "sleep", "1000"]);
-    daemon.ok(["exec", "keeper", "sh", "-c", "echo precious > /root/file; rm /etc/motd; mkdir /opt/new"]);
+    daemon.ok([
+        "exec",
+        "keeper",
+        "sh",
+        "-c",
+        "echo precious > /root/file; rm /etc/motd; mkdir /opt/new",
+    ]);
     daemon.ok(["stop", "-t", "1", "keeper"]);
     assert_eq!(daemon.state("keeper"), "stopped");
     // A clean shutdown unmounts: the disk needs no repair.
@@ -77,7 +130,11 @@ fn a_vm_keeps_its_files_over_stop_and_start() {
         .output()
         .unwrap();
     assert!(checked.status.success(), "{}", text(&checked.stdout));
-    assert!(!text(&checked.stdout).contains("recovering journal"), "{}", text(&checked.stdout));
+    assert!(
+        !text(&checked.stdout).contains("recovering journal"),
+        "{}",
+        text(&checked.stdout)
+    );
     daemon.ok(["start", "keeper"]);
     assert_eq!(daemon.ok(["exec", "keeper", "cat", "/root/file"]), "precious");
     daemon.cli(["exec", "keeper", "test", "-e", "/etc/motd"]).fails(1);
@@ -86,7 +143,10 @@ fn a_vm_keeps_its_files_over_stop_and_start() {
     daemon.ok(["exec", "keeper", "sh", "-c", "echo more > /root/more; sync"]);
     daemon.ok(["kill", "keeper"]);
     daemon.ok(["start", "keeper"]);
-    assert_eq!(daemon.ok(["exec", "keeper", "cat", "/root/file", "/root/more"]), "precious\nmore");
+    assert_eq!(
+        daemon.ok(["exec", "keeper", "cat", "/root/file", "/root/more"]),
+        "precious\nmore"
+    );
     daemon.ok(["restart", "-t", "1", "keeper"]);
     assert_eq!(daemon.ok(["exec", "keeper", "cat", "/root/file"]), "precious");
     daemon.finish();
@@ -119,7 +179,12 @@ fn the_life_of_a_vm_is_told_as_docker_tells_it() {
     assert_eq!(json[0]["name"], "retold");
     assert_eq!(json[0]["exit"]["code"], 143);
     let timings = daemon.ok(["inspect", "--timings", "retold"]);
-    for stage in ["overlay.prepare", "vmm.prepare", "agent.after_boot", "main.after_boot"] {
+    for stage in [
+        "overlay.prepare",
+        "vmm.prepare",
+        "agent.after_boot",
+        "main.after_boot",
+    ] {
         assert!(timings.contains(stage), "{timings}");
     }
     daemon.ok(["rm", "retold"]);
@@ -137,7 +202,9 @@ fn a_guest_or_a_vmm_that_ends_by_itself_is_noticed() {
     wait_until("the killed VMM to be noticed", || daemon.state("a") == "stopped");
     assert_eq!(daemon.inspect("a")["exit"]["reason"], "vmm-died");
     // The guest's kernel panics: `panic=-1` resets, and a reset ends the VMM.
-    let _ = daemon.cli(["exec", "b", "sh", "-c", "echo c > /proc/sysrq-trigger"]).run();
+    let _ = daemon
+        .cli(["exec", "b", "sh", "-c", "echo c > /proc/sysrq-trigger"])
+        .run();
     wait_until("the panic to be noticed", || daemon.state("b") == "stopped");
     let console = daemon.ok(["logs", "--console", "b"]);
     assert!(console.contains("anic"), "{console}");

@@ -15,7 +15,10 @@ fn refused(daemon: &Daemon, arguments: &[&str], what: &str) {
     let before = stored(daemon);
     let error = daemon.cli(arguments).fails(1);
     assert!(error.starts_with("error: "), "{arguments:?}: {error}");
-    assert!(error.to_lowercase().contains(&what.to_lowercase()), "{arguments:?} does not say {what:?}: {error}");
+    assert!(
+        error.to_lowercase().contains(&what.to_lowercase()),
+        "{arguments:?} does not say {what:?}: {error}"
+    );
     assert!(error.contains("hint: "), "{arguments:?} gives no hint: {error}");
     assert_eq!(stored(daemon), before, "{arguments:?} left something");
 }
@@ -23,22 +26,38 @@ fn refused(daemon: &Daemon, arguments: &[&str], what: &str) {
 #[test]
 fn requests_that_make_no_sense() {
     let daemon = Daemon::start();
-    refused(&daemon, &["run", "--pull", "never", "no-such-image", "true"], "no such image");
+    refused(
+        &daemon,
+        &["run", "--pull", "never", "no-such-image", "true"],
+        "no such image",
+    );
     refused(&daemon, &["run", "UPPER", "true"], "image reference");
     refused(&daemon, &["run", "--memory", "0", IMAGE, "true"], "memory");
     refused(&daemon, &["run", "--cpus", "0", IMAGE, "true"], "vcpus");
     refused(&daemon, &["run", "--root", "virtiofs", IMAGE, "true"], "root");
-    refused(&daemon, &["run", "--vmm", "firecracker", IMAGE, "true"], "firecracker");
+    refused(
+        &daemon,
+        &["run", "--vmm", "firecracker", IMAGE, "true"],
+        "firecracker",
+    );
     refused(&daemon, &["exec", "nobody", "true"], "no such vm");
     refused(&daemon, &["rm", "nobody"], "no such vm");
     refused(&daemon, &["image", "rm", "nothing:1"], "no such image");
-    refused(&daemon, &["image", "bootstrap", "debian:no-such-suite"], "no-such-suite");
+    refused(
+        &daemon,
+        &["image", "bootstrap", "debian:no-such-suite"],
+        "no-such-suite",
+    );
     daemon.ok(["create", "--name", "taken", IMAGE, "true"]);
     refused(&daemon, &["create", "--name", "taken", IMAGE, "true"], "taken");
     refused(&daemon, &["create", "--name", "TAKEN", IMAGE, "true"], "taken");
     refused(&daemon, &["exec", "taken", "true"], "created");
     for bad in ["../x", "a_b", "-x-", "x\n", &"a".repeat(300)] {
-        let status = daemon.cli(["create", &format!("--name={bad}"), IMAGE, "true"]).run().status.code();
+        let status = daemon
+            .cli(["create", &format!("--name={bad}"), IMAGE, "true"])
+            .run()
+            .status
+            .code();
         assert!(matches!(status, Some(1 | 2)), "{bad:?} was taken: {status:?}");
     }
     daemon.cli(["run"]).fails(2);
@@ -75,7 +94,15 @@ fn no_daemon() {
 fn tar_of(tar: &Path, fill: impl FnOnce(&Path)) {
     let dir = tempfile::tempdir().unwrap();
     fill(dir.path());
-    let status = Command::new("tar").args(["-C", dir.path().to_str().unwrap(), "-cf", tar.to_str().unwrap(), "."]).status();
+    let status = Command::new("tar")
+        .args([
+            "-C",
+            dir.path().to_str().unwrap(),
+            "-cf",
+            tar.to_str().unwrap(),
+            ".",
+        ])
+        .status();
     assert!(status.unwrap().success());
 }
 
@@ -129,9 +156,21 @@ fn archives_that_are_broken_or_hostile() {
 
     for (name, entries, what) in [
         ("up.tar", &[("usr/../../escape", None)][..], "escape"),
-        ("absolute.tar", &[("/tmp/offshoot-escape", None)][..], "/tmp/offshoot-escape"),
-        ("link.tar", &[("way", Some("../../../../tmp")), ("way/offshoot-escape", None)][..], "way"),
-        ("link2.tar", &[("way", Some("/tmp")), ("way/offshoot-escape", None)][..], "way"),
+        (
+            "absolute.tar",
+            &[("/tmp/offshoot-escape", None)][..],
+            "/tmp/offshoot-escape",
+        ),
+        (
+            "link.tar",
+            &[("way", Some("../../../../tmp")), ("way/offshoot-escape", None)][..],
+            "way",
+        ),
+        (
+            "link2.tar",
+            &[("way", Some("/tmp")), ("way/offshoot-escape", None)][..],
+            "way",
+        ),
     ] {
         hostile_tar(Path::new(&path(name)), entries);
         import(&path(name), what);
@@ -162,11 +201,17 @@ fn a_layer_that_would_fill_the_disk() {
     tar_of(&tar, |dir| {
         std::fs::create_dir_all(dir.join("usr")).unwrap();
         let mut file = std::fs::File::create(dir.join("usr/big")).unwrap();
-        let block: Vec<u8> = (0..1u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
+        let block: Vec<u8> = (0..1u32 << 20)
+            .map(|n| (n.wrapping_mul(2_654_435_761) >> 13) as u8)
+            .collect();
         for _ in 0..150 {
             file.write_all(&block).unwrap();
         }
     });
-    refused(&daemon, &["image", "import", "--name", "big", tar.to_str().unwrap()], "space");
+    refused(
+        &daemon,
+        &["image", "import", "--name", "big", tar.to_str().unwrap()],
+        "kept free",
+    );
     daemon.finish();
 }

@@ -104,7 +104,14 @@ impl Default for Life {
 impl VmRecord {
     /// The row that holds it.
     pub fn to_row(&self) -> VmRow {
-        let VmRunUpdate { state, machine, started_ms, finished_ms, exit, failure } = self.life.to_update();
+        let VmRunUpdate {
+            state,
+            machine,
+            started_ms,
+            finished_ms,
+            exit,
+            failure,
+        } = self.life.to_update();
         VmRow {
             id: self.id.clone(),
             name: self.name.clone(),
@@ -126,7 +133,10 @@ impl VmRecord {
     /// Reads a row back.
     pub fn from_row(row: VmRow) -> Result<Self, DbError> {
         fn parse<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, DbError> {
-            serde_json::from_str(text).map_err(|source| DbError::Row { what: "VM", source: Box::new(source) })
+            serde_json::from_str(text).map_err(|source| DbError::Row {
+                what: "VM",
+                source: Box::new(source),
+            })
         }
         Ok(Self {
             id: row.id,

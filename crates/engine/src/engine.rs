@@ -75,11 +75,17 @@ pub(crate) struct Registry {
 
 impl Registry {
     pub(crate) fn forget(&self, id: &VmId) {
-        self.handles.write().unwrap_or_else(PoisonError::into_inner).remove(id);
+        self.handles
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(id);
     }
 
     fn add(&self, id: VmId, handle: VmHandle) {
-        self.handles.write().unwrap_or_else(PoisonError::into_inner).insert(id, handle);
+        self.handles
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(id, handle);
     }
 }
 
@@ -98,7 +104,15 @@ impl Engine {
     pub async fn start(parts: Parts) -> Result<Self, EngineStartError> {
         let parts = Arc::new(parts);
         make_folders(&parts.config)?;
-        let records = parts.db.call(|db| db.vms()?.into_iter().map(VmRecord::from_row).collect::<Result<Vec<_>, _>>()).await?;
+        let records = parts
+            .db
+            .call(|db| {
+                db.vms()?
+                    .into_iter()
+                    .map(VmRecord::from_row)
+                    .collect::<Result<Vec<_>, _>>()
+            })
+            .await?;
         sweep(&parts.config, &records)?;
         let registry = Arc::new(Registry::default());
         for record in records {
@@ -108,7 +122,11 @@ impl Engine {
             let handle = Owner::spawn(Arc::clone(&parts), Arc::clone(&registry), record, output, true);
             registry.add(id, handle);
         }
-        Ok(Self { parts, registry, creating: Arc::default() })
+        Ok(Self {
+            parts,
+            registry,
+            creating: Arc::default(),
+        })
     }
 
     /// Creates a VM: checks the request, chooses name and user id, writes the row. Nothing runs yet, no file exists.
@@ -117,7 +135,12 @@ impl Engine {
         let process = if request.config.init {
             None
         } else {
-            Some(request.config.main_process(&request.image_config).map_err(VmError::Config)?)
+            Some(
+                request
+                    .config
+                    .main_process(&request.image_config)
+                    .map_err(VmError::Config)?,
+            )
         };
         let stop_signal = stop_signal(&request.image_config.stop_signal)?;
         let id = VmId::from_bytes(&random::<8>()?);
@@ -127,7 +150,12 @@ impl Engine {
             None => self.free_name()?,
         };
         let (base, count) = (self.parts.config.uid_base, self.parts.config.uid_count);
-        let uid = self.parts.db.call(move |db| db.free_uid(base, count)).await?.ok_or(VmError::NoUid { count })?;
+        let uid = self
+            .parts
+            .db
+            .call(move |db| db.free_uid(base, count))
+            .await?
+            .ok_or(VmError::NoUid { count })?;
         let record = VmRecord {
             id: id.clone(),
             name,
@@ -150,15 +178,24 @@ impl Engine {
         drop(creating);
         let path = self.parts.paths(&id).output();
         let output = OutputLog::open(&path).map_err(|source| VmError::Db(unreadable(source)))?;
-        let handle =
-            Owner::spawn(Arc::clone(&self.parts), Arc::clone(&self.registry), record, output, false);
+        let handle = Owner::spawn(
+            Arc::clone(&self.parts),
+            Arc::clone(&self.registry),
+            record,
+            output,
+            false,
+        );
         self.registry.add(id, handle.clone());
         Ok(handle)
     }
 
     /// The VM with this name, id, or the only one whose id begins so.
     pub fn find(&self, name: &str) -> Result<VmHandle, VmError> {
-        let handles = self.registry.handles.read().unwrap_or_else(PoisonError::into_inner);
+        let handles = self
+            .registry
+            .handles
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut prefixed = Vec::new();
         for (id, handle) in handles.iter() {
             if handle.view.borrow().name.as_str().eq_ignore_ascii_case(name) || id.as_str() == name {
@@ -171,14 +208,22 @@ impl Engine {
         }
         match prefixed.as_slice() {
             [handle] => Ok((*handle).clone()),
-            [] => Err(VmError::NotFound { name: name.chars().take(64).collect() }),
-            _ => Err(VmError::Ambiguous { prefix: name.to_owned() }),
+            [] => Err(VmError::NotFound {
+                name: name.chars().take(64).collect(),
+            }),
+            _ => Err(VmError::Ambiguous {
+                prefix: name.to_owned(),
+            }),
         }
     }
 
     /// Every VM, newest first.
     pub fn list(&self) -> Vec<VmHandle> {
-        let handles = self.registry.handles.read().unwrap_or_else(PoisonError::into_inner);
+        let handles = self
+            .registry
+            .handles
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut list: Vec<_> = handles.values().cloned().collect();
         drop(handles);
         list.sort_by_key(|handle| std::cmp::Reverse(handle.view.borrow().created_ms));
@@ -231,12 +276,18 @@ fn random<const N: usize>() -> Result<[u8; N], VmError> {
 }
 
 fn unreadable(source: io::Error) -> DbError {
-    DbError::Row { what: "output log", source: Box::new(source) }
+    DbError::Row {
+        what: "output log",
+        source: Box::new(source),
+    }
 }
 
 /// The folders that VMMs pass through: theirs is the group, and they cannot list them.
 fn make_folders(config: &EngineConfig) -> Result<(), EngineStartError> {
-    for (path, mode) in [(config.data_dir.join("vms"), 0o710), (config.run_dir.join("vms"), 0o710)] {
+    for (path, mode) in [
+        (config.data_dir.join("vms"), 0o710),
+        (config.run_dir.join("vms"), 0o710),
+    ] {
         let made = std::fs::DirBuilder::new()
             .recursive(true)
             .mode(mode)
@@ -251,7 +302,10 @@ fn make_folders(config: &EngineConfig) -> Result<(), EngineStartError> {
 /// Deletes the folders of VMs that no row speaks of: what a crash left between a deleted row and its files.
 fn sweep(config: &EngineConfig, records: &[VmRecord]) -> Result<(), EngineStartError> {
     for parent in [config.data_dir.join("vms"), config.run_dir.join("vms")] {
-        for name in names_in(&parent).map_err(|source| EngineStartError::Io { path: parent.clone(), source })? {
+        for name in names_in(&parent).map_err(|source| EngineStartError::Io {
+            path: parent.clone(),
+            source,
+        })? {
             if records.iter().any(|record| record.id.as_str() == name) {
                 continue;
             }
@@ -264,7 +318,9 @@ fn sweep(config: &EngineConfig, records: &[VmRecord]) -> Result<(), EngineStartE
 }
 
 fn names_in(path: &Path) -> io::Result<Vec<String>> {
-    std::fs::read_dir(path)?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned())).collect()
+    std::fs::read_dir(path)?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect()
 }
 
 /// The Linux number of an image's `StopSignal` (`SIGQUIT`, `QUIT` or `3`); SIGTERM where it names none.
@@ -273,7 +329,10 @@ fn stop_signal(text: &str) -> Result<u32, VmError> {
         return Ok(offshoot_sys::signal::TERM);
     }
     offshoot_sys::signal::parse(text).ok_or_else(|| VmError::NotPossible {
-        what: format!("its image's stop signal `{}` is unknown", text.chars().take(40).collect::<String>()),
+        what: format!(
+            "its image's stop signal `{}` is unknown",
+            text.chars().take(40).collect::<String>()
+        ),
         hint: "mend the image's StopSignal".into(),
     })
 }

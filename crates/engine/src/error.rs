@@ -162,7 +162,9 @@ impl Explain for VmError {
             }
             Self::Stage { source, .. } | Self::Machine { source, .. } => source.0.hints(),
             Self::NoAgent { name, .. } => {
-                vec![format!("see what its guest said with `offshoot logs --console {name}`")]
+                vec![format!(
+                    "see what its guest said with `offshoot logs --console {name}`"
+                )]
             }
             Self::Db(error) => error.hints(),
             Self::Cancelled { .. } | Self::Removed { .. } | Self::Random(_) => Vec::new(),

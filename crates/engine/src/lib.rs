@@ -16,8 +16,8 @@
 
 pub mod request;
 
-pub mod capability;
 pub mod capabilities;
+pub mod capability;
 pub mod definition;
 pub mod paths;
 pub mod run;
@@ -26,6 +26,6 @@ pub mod operation;
 pub mod output;
 
 pub mod engine;
-pub mod names;
 pub mod error;
+pub mod names;
 pub mod owner;

@@ -16,7 +16,11 @@ pub struct Stages {
 impl Stages {
     /// An operation begins now.
     pub fn begin(operation: &'static str) -> Self {
-        Self { operation, began: Instant::now(), timings: Vec::new() }
+        Self {
+            operation,
+            began: Instant::now(),
+            timings: Vec::new(),
+        }
     }
 
     /// The operation's name.
@@ -33,8 +37,18 @@ impl Stages {
         let start = self.began.elapsed();
         let result = work.await;
         let duration = self.began.elapsed() - start;
-        let outcome = if result.is_ok() { StageOutcome::Done } else { StageOutcome::Failed };
-        tracing::debug!(operation = self.operation, stage = name, ?outcome, ?duration, "stage");
+        let outcome = if result.is_ok() {
+            StageOutcome::Done
+        } else {
+            StageOutcome::Failed
+        };
+        tracing::debug!(
+            operation = self.operation,
+            stage = name,
+            ?outcome,
+            ?duration,
+            "stage"
+        );
         self.timings.push(StageTiming {
             operation: self.operation.to_owned(),
             stage: name.to_owned(),

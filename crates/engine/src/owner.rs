@@ -93,8 +93,13 @@ impl VmHandle {
     /// Asks the owner and waits for the answer. Dropping the future does not stop what was asked.
     pub async fn ask(&self, request: Request) -> Result<Arc<VmRecord>, VmError> {
         let (reply, answer) = oneshot::channel();
-        let removed = || VmError::Removed { name: self.view.borrow().name.clone() };
-        self.mailbox.send(Letter { request, reply }).await.map_err(|_| removed())?;
+        let removed = || VmError::Removed {
+            name: self.view.borrow().name.clone(),
+        };
+        self.mailbox
+            .send(Letter { request, reply })
+            .await
+            .map_err(|_| removed())?;
         answer.await.map_err(|_| removed())?
     }
 }
@@ -115,6 +120,8 @@ pub(crate) struct Owner {
     view: watch::Sender<Arc<VmRecord>>,
     live: watch::Sender<Option<Live>>,
     run: Option<Arc<Run>>,
+    /// When the current run became ready, if this daemon started it.
+    running_since: Option<std::time::Instant>,
     /// How often in a row it was started again, and when that is due next.
     restarts: u32,
     restart_at: Option<tokio::time::Instant>,
@@ -150,6 +157,7 @@ impl Owner {
             view,
             live,
             run: None,
+            running_since: None,
             restarts: 0,
             restart_at: None,
             removed: false,
@@ -183,7 +191,9 @@ impl Owner {
             let _ = letter.reply.send(answer.map(|()| Arc::new(self.record.clone())));
         }
         for letter in waiting {
-            let _ = letter.reply.send(Err(VmError::Removed { name: self.record.name.clone() }));
+            let _ = letter.reply.send(Err(VmError::Removed {
+                name: self.record.name.clone(),
+            }));
         }
     }
 
@@ -207,7 +217,9 @@ impl Owner {
                     name: self.record.name.clone(),
                     state: self.record.life.state.as_str(),
                     request: kind,
-                    hint: hint.replace("{0}", self.record.name.as_str()).replace("{}", self.record.name.as_str()),
+                    hint: hint
+                        .replace("{0}", self.record.name.as_str())
+                        .replace("{}", self.record.name.as_str()),
                 });
             }
         }
@@ -250,7 +262,10 @@ impl Owner {
         waiting: &mut VecDeque<Letter>,
     ) {
         let result = match event {
-            Event::MainExited => self.end(Ending::Graceful(AFTER_MAIN), ExitReason::MainExited).await,
+            Event::MainExited => {
+                self.end(Ending::Graceful(AFTER_MAIN), ExitReason::MainExited)
+                    .await
+            }
             Event::VmmExited => self.end(Ending::Kill, ExitReason::VmmDied).await,
             Event::RestartDue => {
                 self.restart_at = None;
@@ -316,14 +331,23 @@ impl Owner {
     }
 
     async fn start(&mut self, cancel: &CancellationToken) -> Result<(), VmError> {
-        self.save(Life { state: VmState::Starting, started_ms: Some(now_ms()), ..Life::new() }).await?;
+        self.save(Life {
+            state: VmState::Starting,
+            started_ms: Some(now_ms()),
+            ..Life::new()
+        })
+        .await?;
         let mut stages = Stages::begin("start");
         let result = self.boot(&mut stages, cancel).await;
         let outcome = match result {
             Ok(run) => {
                 self.live.send_replace(run.live());
                 self.run = Some(run);
-                let life = Life { state: VmState::Running, ..self.record.life.clone() };
+                self.running_since = Some(std::time::Instant::now());
+                let life = Life {
+                    state: VmState::Running,
+                    ..self.record.life.clone()
+                };
                 self.save(life).await
             }
             Err(error) => {
@@ -331,7 +355,10 @@ impl Owner {
                     state: VmState::Failed,
                     machine: None,
                     finished_ms: Some(now_ms()),
-                    exit: error.exit_status().map(|code| ExitStatus { code, reason: ExitReason::MainExited }),
+                    exit: error.exit_status().map(|code| ExitStatus {
+                        code,
+                        reason: ExitReason::MainExited,
+                    }),
                     failure: chain(&error),
                     ..self.record.life.clone()
                 };
@@ -359,14 +386,26 @@ impl Owner {
         let result = async {
             for capability in &capabilities {
                 begun += 1;
-                self.hook(stages, cancel, &**capability, "prepare", capability.prepare(&run)).await?;
+                self.hook(stages, cancel, &**capability, "prepare", capability.prepare(&run))
+                    .await?;
                 let machine = run.machine().map(|machine| machine.state().clone());
                 if machine != self.record.life.machine {
-                    self.save(Life { machine, ..self.record.life.clone() }).await?;
+                    self.save(Life {
+                        machine,
+                        ..self.record.life.clone()
+                    })
+                    .await?;
                 }
             }
             for capability in &capabilities {
-                self.hook(stages, cancel, &**capability, "after_boot", capability.after_boot(&run)).await?;
+                self.hook(
+                    stages,
+                    cancel,
+                    &**capability,
+                    "after_boot",
+                    capability.after_boot(&run),
+                )
+                .await?;
             }
             for (name, duration) in run.guest_stages() {
                 stages.note(&format!("guest.{name}"), duration);
@@ -412,7 +451,12 @@ impl Owner {
         stage: String,
         error: crate::capability::CapabilityError,
     ) -> VmError {
-        VmError::Stage { name: self.record.name.clone(), operation, stage, source: StageFailure(error) }
+        VmError::Stage {
+            name: self.record.name.clone(),
+            operation,
+            stage,
+            source: StageFailure(error),
+        }
     }
 
     /// Calls the `stop` of the first `begun` capabilities, backwards. A hook that fails does not keep the others from
@@ -434,16 +478,33 @@ impl Owner {
         let Some(run) = self.run.take() else { return Ok(()) };
         let main_exit_before = run.main_exit();
         let auto_remove = self.record.definition.config.auto_remove && ending != Ending::Kill;
-        let ending = if auto_remove && main_exit_before.is_some() { Ending::Discard } else { ending };
+        let ending = if auto_remove && main_exit_before.is_some() {
+            Ending::Discard
+        } else {
+            ending
+        };
         if ending != Ending::Discard {
-            self.save(Life { state: VmState::Stopping, ..self.record.life.clone() }).await?;
+            self.save(Life {
+                state: VmState::Stopping,
+                ..self.record.life.clone()
+            })
+            .await?;
         }
         self.live.send_replace(None);
         run.set_ending(ending);
         let mut stages = Stages::begin("stop");
+        if let (Some(since), Some(_)) = (self.running_since.take(), main_exit_before) {
+            stages.note("guest.main", since.elapsed());
+        }
         let vmm_died = reason == ExitReason::VmmDied;
-        self.stop_all(&mut stages, &run, self.parts.capabilities.len()).await;
-        let exit = exit_status(reason, main_exit_before, run.main_exit(), vmm_died.then(|| run.powered_off()));
+        self.stop_all(&mut stages, &run, self.parts.capabilities.len())
+            .await;
+        let exit = exit_status(
+            reason,
+            main_exit_before,
+            run.main_exit(),
+            vmm_died.then(|| run.powered_off()),
+        );
         let life = Life {
             state: VmState::Stopped,
             machine: None,
@@ -459,7 +520,10 @@ impl Owner {
     async fn signal(&mut self, signal: u32) -> Result<(), VmError> {
         let name = self.record.name.clone();
         let agent = self.run.as_ref().and_then(|run| run.agent());
-        let agent = agent.ok_or(VmError::NoAgent { name: name.clone(), operation: "signal" })?;
+        let agent = agent.ok_or(VmError::NoAgent {
+            name: name.clone(),
+            operation: "signal",
+        })?;
         agent.signal_main(signal).await.map_err(|error| VmError::Machine {
             name,
             operation: "signal",
@@ -469,15 +533,25 @@ impl Owner {
 
     async fn set_paused(&mut self, paused: bool) -> Result<(), VmError> {
         let operation = if paused { "pause" } else { "resume" };
-        let Some(machine) = self.run.as_ref().and_then(|run| run.machine()) else { return Ok(()) };
-        let result = if paused { machine.pause().await } else { machine.resume().await };
+        let Some(machine) = self.run.as_ref().and_then(|run| run.machine()) else {
+            return Ok(());
+        };
+        let result = if paused {
+            machine.pause().await
+        } else {
+            machine.resume().await
+        };
         result.map_err(|error| VmError::Machine {
             name: self.record.name.clone(),
             operation,
             source: StageFailure(Box::new(error)),
         })?;
         let state = if paused { VmState::Paused } else { VmState::Running };
-        self.save(Life { state, ..self.record.life.clone() }).await
+        self.save(Life {
+            state,
+            ..self.record.life.clone()
+        })
+        .await
     }
 
     /// Deletes the VM. Its row goes first: from then on it is gone, and what a crash leaves is swept at the next start.
@@ -486,12 +560,13 @@ impl Owner {
             capability
                 .clean_up(&self.record, &self.paths)
                 .await
-                .map_err(|error| self.stage_error("remove", format!("{}.clean_up", capability.name()), error))?;
+                .map_err(|error| {
+                    self.stage_error("remove", format!("{}.clean_up", capability.name()), error)
+                })?;
         }
         let id = self.record.id.clone();
         self.parts.db.call(move |db| db.remove_vm(&id)).await?;
         self.removed = true;
-        self.registry.forget(&self.record.id);
         let paths = self.paths.clone();
         let swept = tokio::task::spawn_blocking(move || {
             remove_tree(paths.run()).and_then(|()| remove_tree(paths.data()))
@@ -499,6 +574,8 @@ impl Owner {
         if let Ok(Err(error)) = swept.await {
             tracing::warn!(vm = %self.record.name, %error, "cannot delete the files of a removed VM; the next start of the daemon will");
         }
+        // Last: whoever finds no such VM any more finds nothing of it.
+        self.registry.forget(&self.record.id);
         Ok(())
     }
 
@@ -559,7 +636,10 @@ impl Owner {
     /// Writes a new life to the database, then announces it.
     async fn save(&mut self, life: Life) -> Result<(), VmError> {
         let (id, update) = (self.record.id.clone(), life.to_update());
-        self.parts.db.call(move |db| db.update_vm_run(&id, &update)).await?;
+        self.parts
+            .db
+            .call(move |db| db.update_vm_run(&id, &update))
+            .await?;
         self.record.life = life;
         self.announce();
         Ok(())
@@ -573,7 +653,11 @@ impl Owner {
     async fn keep(&self, stages: Stages) {
         let (id, operation) = (self.record.id.clone(), stages.operation());
         let timings = stages.into_timings();
-        let kept = self.parts.db.call(move |db| db.put_stages(&id, operation, &timings)).await;
+        let kept = self
+            .parts
+            .db
+            .call(move |db| db.put_stages(&id, operation, &timings))
+            .await;
         if let Err(error) = kept {
             tracing::warn!(vm = %self.record.name, %error, "cannot keep the timings");
         }
@@ -632,19 +716,36 @@ fn exit_status(
     /// Nobody told.
     const UNKNOWN: i32 = 255;
     if let Some(code) = main_exit_before {
-        return ExitStatus { code, reason: ExitReason::MainExited };
+        return ExitStatus {
+            code,
+            reason: ExitReason::MainExited,
+        };
     }
     match (reason, vmm_gone) {
-        (_, Some(true)) => ExitStatus { code: main_exit.unwrap_or(0), reason: ExitReason::GuestPoweredOff },
-        (_, Some(false)) => ExitStatus { code: main_exit.unwrap_or(UNKNOWN), reason: ExitReason::VmmDied },
-        (ExitReason::Lost, _) => ExitStatus { code: main_exit.unwrap_or(UNKNOWN), reason },
-        _ => ExitStatus { code: main_exit.unwrap_or(KILLED), reason },
+        (_, Some(true)) => ExitStatus {
+            code: main_exit.unwrap_or(0),
+            reason: ExitReason::GuestPoweredOff,
+        },
+        (_, Some(false)) => ExitStatus {
+            code: main_exit.unwrap_or(UNKNOWN),
+            reason: ExitReason::VmmDied,
+        },
+        (ExitReason::Lost, _) => ExitStatus {
+            code: main_exit.unwrap_or(UNKNOWN),
+            reason,
+        },
+        _ => ExitStatus {
+            code: main_exit.unwrap_or(KILLED),
+            reason,
+        },
     }
 }
 
 /// Milliseconds since the epoch.
 pub(crate) fn now_ms() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let since = std::time::SystemTime::now()
+        .duration_since(std::time::UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 

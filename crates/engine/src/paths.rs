@@ -14,7 +14,10 @@ pub struct VmPaths {
 impl VmPaths {
     /// The folders of `id`.
     pub fn new(data_dir: &Path, run_dir: &Path, id: &VmId) -> Self {
-        Self { data: data_dir.join("vms").join(id.as_str()), run: run_dir.join("vms").join(id.as_str()) }
+        Self {
+            data: data_dir.join("vms").join(id.as_str()),
+            run: run_dir.join("vms").join(id.as_str()),
+        }
     }
 
     /// What it keeps; gone after `rm`.

@@ -93,7 +93,9 @@ pub fn decide(state: VmState, request: RequestKind) -> Verdict {
 
         (R::Stop, S::Created | S::Stopped | S::Failed) => Verdict::AlreadySo,
         (R::Stop | R::Kill, S::Running | S::Paused | S::Starting | S::Stopping) => Verdict::Do,
-        (R::Kill, S::Created | S::Stopped | S::Failed) => Verdict::Refuse("there is nothing to kill; see `offshoot ps -a`"),
+        (R::Kill, S::Created | S::Stopped | S::Failed) => {
+            Verdict::Refuse("there is nothing to kill; see `offshoot ps -a`")
+        }
 
         (R::Signal | R::Session, S::Running) => Verdict::Do,
         (R::Signal | R::Session, S::Paused) => Verdict::Refuse(RESUME_IT),
@@ -108,7 +110,9 @@ pub fn decide(state: VmState, request: RequestKind) -> Verdict {
         (R::Resume, _) => Verdict::Refuse(START_IT),
 
         (R::Remove, S::Created | S::Stopped | S::Failed) => Verdict::Do,
-        (R::Remove, _) => Verdict::Refuse("stop it first with `offshoot stop {0}`, or use `offshoot rm -f {0}`"),
+        (R::Remove, _) => {
+            Verdict::Refuse("stop it first with `offshoot stop {0}`, or use `offshoot rm -f {0}`")
+        }
     }
 }
 

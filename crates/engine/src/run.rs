@@ -178,12 +178,18 @@ impl Run {
 
     /// Whether the VMM is gone because the guest switched itself off.
     pub fn powered_off(&self) -> bool {
-        matches!(self.notes().vmm_exit, Some(ExitCause::GuestPowerOff | ExitCause::GuestReset))
+        matches!(
+            self.notes().vmm_exit,
+            Some(ExitCause::GuestPowerOff | ExitCause::GuestReset)
+        )
     }
 
     /// VMM and agent, when both are there.
     pub fn live(&self) -> Option<Live> {
-        Some(Live { machine: self.machine()?, agent: self.agent()? })
+        Some(Live {
+            machine: self.machine()?,
+            agent: self.agent()?,
+        })
     }
 }
 

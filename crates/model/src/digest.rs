@@ -54,10 +54,12 @@ impl FromStr for Digest {
     type Err = DigestError;
 
     fn from_str(text: &str) -> Result<Self, DigestError> {
-        let digits =
-            text.strip_prefix("sha256:").ok_or_else(|| DigestError::Algorithm { text: shorten(text) })?;
+        let digits = text
+            .strip_prefix("sha256:")
+            .ok_or_else(|| DigestError::Algorithm { text: shorten(text) })?;
         let mut bytes = [0; 32];
-        if digits.bytes().any(|b| b.is_ascii_uppercase()) || hex::decode_to_slice(digits, &mut bytes).is_err() {
+        if digits.bytes().any(|b| b.is_ascii_uppercase()) || hex::decode_to_slice(digits, &mut bytes).is_err()
+        {
             return Err(DigestError::Hex { text: shorten(text) });
         }
         Ok(Self(bytes))
@@ -99,7 +101,15 @@ mod tests {
         let text = format!("sha256:{}", "0af1".repeat(16));
         assert_eq!(text.parse::<Digest>().unwrap().to_string(), text);
         assert_eq!(text.parse::<Digest>().unwrap().short(), "0af10af10af1");
-        for bad in ["", "sha256:", "sha256:zz", "md5:00", &text.to_uppercase(), &format!("{text}0"), "sha256:../x"] {
+        for bad in [
+            "",
+            "sha256:",
+            "sha256:zz",
+            "md5:00",
+            &text.to_uppercase(),
+            &format!("{text}0"),
+            "sha256:../x",
+        ] {
             assert!(bad.parse::<Digest>().is_err(), "{bad}");
         }
     }

@@ -102,7 +102,9 @@ pub struct VmName(String);
 
 /// Why a text is not a VM name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{text}` is not a VM name: use 1 to 63 letters, digits and hyphens, with a letter or digit first and last")]
+#[error(
+    "`{text}` is not a VM name: use 1 to 63 letters, digits and hyphens, with a letter or digit first and last"
+)]
 pub struct NameError {
     /// The refused text, shortened, control characters escaped.
     pub text: String,
@@ -126,7 +128,9 @@ impl FromStr for VmName {
             && edge(bytes.last())
             && bytes.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-');
         if !valid {
-            return Err(NameError { text: text.chars().take(64).flat_map(char::escape_debug).collect() });
+            return Err(NameError {
+                text: text.chars().take(64).flat_map(char::escape_debug).collect(),
+            });
         }
         Ok(Self(text.to_owned()))
     }
@@ -167,7 +171,19 @@ mod tests {
         for good in ["a", "web", "Web-1", "0", &"a".repeat(63)] {
             assert!(good.parse::<VmName>().is_ok(), "{good}");
         }
-        for bad in ["", "-a", "a-", "../x", "a.b", "a_b", "a b", "a\n", "é", &"a".repeat(64), &"a".repeat(300)] {
+        for bad in [
+            "",
+            "-a",
+            "a-",
+            "../x",
+            "a.b",
+            "a_b",
+            "a b",
+            "a\n",
+            "é",
+            &"a".repeat(64),
+            &"a".repeat(300),
+        ] {
             assert!(bad.parse::<VmName>().is_err(), "{bad:?}");
         }
     }

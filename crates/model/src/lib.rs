@@ -22,6 +22,6 @@ pub use size::{ByteSize, ByteSizeError};
 pub use stage::{StageOutcome, StageTiming};
 pub use state::{ExitReason, ExitStatus, VmState};
 pub use vm::{
-    Boot, ConfigError, EnvVar, EnvVarError, ImageConfig, Mount, ProcessConfig, RestartPolicy, RootRequest, VmConfig,
-    VmmRequest,
+    Boot, ConfigError, EnvVar, EnvVarError, ImageConfig, Mount, ProcessConfig, RestartPolicy, RootRequest,
+    VmConfig, VmmRequest,
 };

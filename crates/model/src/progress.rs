@@ -64,7 +64,10 @@ pub struct Progress {
 impl Progress {
     /// Reports to `sink`, which must return at once.
     pub fn new(sink: impl Fn(ProgressEvent) + Send + Sync + 'static) -> Self {
-        Self { sink: Arc::new(sink), next: Arc::default() }
+        Self {
+            sink: Arc::new(sink),
+            next: Arc::default(),
+        }
     }
 
     /// Reports to nobody.
@@ -75,7 +78,12 @@ impl Progress {
     /// Begins a task and gives its id.
     pub fn start(&self, label: impl Into<String>, unit: ProgressUnit, total: Option<u64>) -> TaskId {
         let task = self.next.fetch_add(1, Ordering::Relaxed);
-        (self.sink)(ProgressEvent::Started { task, label: label.into(), unit, total });
+        (self.sink)(ProgressEvent::Started {
+            task,
+            label: label.into(),
+            unit,
+            total,
+        });
         task
     }
 

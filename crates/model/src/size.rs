@@ -44,9 +44,13 @@ impl FromStr for ByteSize {
     type Err = ByteSizeError;
 
     fn from_str(text: &str) -> Result<Self, ByteSizeError> {
-        let refuse = || ByteSizeError { text: text.chars().take(40).collect() };
+        let refuse = || ByteSizeError {
+            text: text.chars().take(40).collect(),
+        };
         let trimmed = text.trim();
-        let split = trimmed.find(|c: char| !c.is_ascii_digit()).unwrap_or(trimmed.len());
+        let split = trimmed
+            .find(|c: char| !c.is_ascii_digit())
+            .unwrap_or(trimmed.len());
         let (digits, unit) = trimmed.split_at(split);
         let shift = match unit.trim().to_ascii_lowercase().as_str() {
             "" | "b" => 0,
@@ -75,7 +79,11 @@ impl fmt::Display for ByteSize {
             unit += 1;
         }
         let text = format!("{value:.1}");
-        f.pad(&format!("{}{}", text.strip_suffix(".0").unwrap_or(&text), UNITS[unit]))
+        f.pad(&format!(
+            "{}{}",
+            text.strip_suffix(".0").unwrap_or(&text),
+            UNITS[unit]
+        ))
     }
 }
 
@@ -85,7 +93,14 @@ mod tests {
 
     #[test]
     fn reads_what_people_write() {
-        for (text, bytes) in [("0", 0), ("7", 7), ("1k", 1024), ("512m", 512 << 20), ("2GiB", 2 << 30), ("1 tb", 1 << 40)] {
+        for (text, bytes) in [
+            ("0", 0),
+            ("7", 7),
+            ("1k", 1024),
+            ("512m", 512 << 20),
+            ("2GiB", 2 << 30),
+            ("1 tb", 1 << 40),
+        ] {
             assert_eq!(text.parse(), Ok(ByteSize::from_bytes(bytes)), "{text}");
         }
         for bad in ["", "g", "-1", "1.5g", "1x", "99999999999t", "1gg"] {
@@ -95,7 +110,13 @@ mod tests {
 
     #[test]
     fn shows_one_decimal_at_most() {
-        for (bytes, text) in [(0, "0B"), (1023, "1023B"), (1024, "1KiB"), (1536, "1.5KiB"), (10 << 30, "10GiB")] {
+        for (bytes, text) in [
+            (0, "0B"),
+            (1023, "1023B"),
+            (1024, "1KiB"),
+            (1536, "1.5KiB"),
+            (10 << 30, "10GiB"),
+        ] {
             assert_eq!(ByteSize::from_bytes(bytes).to_string(), text);
         }
     }

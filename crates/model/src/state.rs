@@ -35,7 +35,10 @@ pub enum VmState {
 impl VmState {
     /// Whether a VMM process belongs to this state.
     pub fn has_vmm(self) -> bool {
-        matches!(self, Self::Starting | Self::Running | Self::Paused | Self::Stopping)
+        matches!(
+            self,
+            Self::Starting | Self::Running | Self::Paused | Self::Stopping
+        )
     }
 
     /// The word that users see and the database stores.

@@ -102,10 +102,13 @@ impl FromStr for EnvVar {
 
     fn from_str(text: &str) -> Result<Self, EnvVarError> {
         match text.split_once('=') {
-            Some((name, value)) if !name.is_empty() && !text.contains('\0') => {
-                Ok(Self { name: name.to_owned(), value: value.to_owned() })
-            }
-            _ => Err(EnvVarError { text: text.chars().take(40).collect() }),
+            Some((name, value)) if !name.is_empty() && !text.contains('\0') => Ok(Self {
+                name: name.to_owned(),
+                value: value.to_owned(),
+            }),
+            _ => Err(EnvVarError {
+                text: text.chars().take(40).collect(),
+            }),
         }
     }
 }
@@ -350,14 +353,25 @@ impl VmConfig {
     /// Refuses what no host can do. Pure; the engine asks it first.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if self.memory < MIN_MEMORY {
-            return Err(ConfigError::Memory { given: self.memory, least: MIN_MEMORY });
+            return Err(ConfigError::Memory {
+                given: self.memory,
+                least: MIN_MEMORY,
+            });
         }
         if self.cpus == 0 || self.cpus > Self::MAX_CPUS {
-            return Err(ConfigError::Cpus { given: self.cpus, most: Self::MAX_CPUS });
+            return Err(ConfigError::Cpus {
+                given: self.cpus,
+                most: Self::MAX_CPUS,
+            });
         }
         for (disk, given) in [("overlay", self.disk), ("work", self.work)] {
             if given < MIN_DISK || given > MAX_DISK {
-                return Err(ConfigError::Disk { disk, given, least: MIN_DISK, most: MAX_DISK });
+                return Err(ConfigError::Disk {
+                    disk,
+                    given,
+                    least: MIN_DISK,
+                    most: MAX_DISK,
+                });
             }
         }
         if let Some(path) = &self.working_dir
@@ -365,12 +379,21 @@ impl VmConfig {
         {
             return Err(ConfigError::WorkingDir { path: path.clone() });
         }
-        if self.init && (!self.cmd.is_empty() || self.entrypoint.is_some() || self.user.is_some() || self.tty || self.stdin)
+        if self.init
+            && (!self.cmd.is_empty()
+                || self.entrypoint.is_some()
+                || self.user.is_some()
+                || self.tty
+                || self.stdin)
         {
             return Err(ConfigError::InitWithCommand);
         }
         let arguments = self.cmd.iter().chain(self.entrypoint.iter().flatten());
-        if arguments.chain(&self.working_dir).chain(&self.user).any(|text| text.contains('\0')) {
+        if arguments
+            .chain(&self.working_dir)
+            .chain(&self.user)
+            .any(|text| text.contains('\0'))
+        {
             return Err(ConfigError::Nul);
         }
         Ok(())
@@ -384,7 +407,11 @@ impl VmConfig {
             Some(entrypoint) => (entrypoint.as_slice(), &[][..]),
             None => (image.entrypoint.as_slice(), image.cmd.as_slice()),
         };
-        let cmd = if self.cmd.is_empty() { image_cmd } else { self.cmd.as_slice() };
+        let cmd = if self.cmd.is_empty() {
+            image_cmd
+        } else {
+            self.cmd.as_slice()
+        };
         let argv: Vec<String> = entrypoint.iter().chain(cmd).cloned().collect();
         if argv.first().is_none_or(String::is_empty) {
             return Err(ConfigError::NoCommand);
@@ -392,7 +419,10 @@ impl VmConfig {
         Ok(ProcessConfig {
             argv,
             env: image.env.iter().chain(&self.env).cloned().collect(),
-            working_dir: self.working_dir.clone().unwrap_or_else(|| image.working_dir.clone()),
+            working_dir: self
+                .working_dir
+                .clone()
+                .unwrap_or_else(|| image.working_dir.clone()),
             user: self.user.clone().unwrap_or_else(|| image.user.clone()),
             tty: self.tty,
             stdin: self.stdin,
@@ -410,7 +440,11 @@ mod tests {
 
     #[test]
     fn the_command_line_goes_over_the_image_as_docker_does_it() {
-        let image = ImageConfig { entrypoint: strings(&["/e"]), cmd: strings(&["a"]), ..ImageConfig::default() };
+        let image = ImageConfig {
+            entrypoint: strings(&["/e"]),
+            cmd: strings(&["a"]),
+            ..ImageConfig::default()
+        };
         let check = |entrypoint: Option<&[&str]>, cmd: &[&str], expected: Result<&[&str], ConfigError>| {
             let mut config = VmConfig::new("x");
             config.entrypoint = entrypoint.map(strings);
@@ -433,13 +467,28 @@ mod tests {
             change(&mut config);
             config.validate().unwrap_err()
         };
-        assert!(matches!(refuse(|c| c.memory = ByteSize::from_bytes(0)), ConfigError::Memory { .. }));
+        assert!(matches!(
+            refuse(|c| c.memory = ByteSize::from_bytes(0)),
+            ConfigError::Memory { .. }
+        ));
         assert!(matches!(refuse(|c| c.cpus = 0), ConfigError::Cpus { .. }));
         assert!(matches!(refuse(|c| c.cpus = 256), ConfigError::Cpus { .. }));
-        assert!(matches!(refuse(|c| c.disk = ByteSize::from_bytes(1)), ConfigError::Disk { disk: "overlay", .. }));
-        assert!(matches!(refuse(|c| c.work = ByteSize::from_mib(1 << 40)), ConfigError::Disk { disk: "work", .. }));
-        assert!(matches!(refuse(|c| c.working_dir = Some("x".into())), ConfigError::WorkingDir { .. }));
+        assert!(matches!(
+            refuse(|c| c.disk = ByteSize::from_bytes(1)),
+            ConfigError::Disk { disk: "overlay", .. }
+        ));
+        assert!(matches!(
+            refuse(|c| c.work = ByteSize::from_mib(1 << 40)),
+            ConfigError::Disk { disk: "work", .. }
+        ));
+        assert!(matches!(
+            refuse(|c| c.working_dir = Some("x".into())),
+            ConfigError::WorkingDir { .. }
+        ));
         assert!(matches!(refuse(|c| c.cmd = vec!["\0".into()]), ConfigError::Nul));
-        assert!(matches!(refuse(|c| (c.init, c.tty) = (true, true)), ConfigError::InitWithCommand));
+        assert!(matches!(
+            refuse(|c| (c.init, c.tty) = (true, true)),
+            ConfigError::InitWithCommand
+        ));
     }
 }

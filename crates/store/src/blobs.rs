@@ -104,7 +104,7 @@ impl Explain for BlobError {
             }
             Self::Io { source, path, .. } if is_no_space(source) => {
                 vec![format!(
-                    "run `offshoot prune` or make room on the disk of {}",
+                    "remove VMs and images with `offshoot rm` and `offshoot image rm`, or make room on the disk of {}",
                     path.display()
                 )]
             }

@@ -27,9 +27,17 @@ fn absolute(query: &ArchiveQuery) -> Answer<&str> {
     if query.path.starts_with('/') && !query.path.contains('\0') {
         return Ok(&query.path);
     }
-    let shown: String = query.path.chars().take(200).flat_map(char::escape_debug).collect();
-    Err(Failure::new(ErrorKind::InvalidRequest, format!("`{shown}` is not an absolute path"))
-        .hint("write VM:/path"))
+    let shown: String = query
+        .path
+        .chars()
+        .take(200)
+        .flat_map(char::escape_debug)
+        .collect();
+    Err(Failure::new(
+        ErrorKind::InvalidRequest,
+        format!("`{shown}` is not an absolute path"),
+    )
+    .hint("write VM:/path"))
 }
 
 #[utoipa::path(get, path = "/v1/vms/{vm}/archive", params(("vm" = String, Path), ArchiveQuery),
@@ -50,17 +58,32 @@ async fn read(
     };
     // Names from a guest may hold what no header can; JSON escapes it.
     let text = serde_json::to_string(&stat).unwrap_or_default();
-    let ascii: String = text.chars().flat_map(|c| if c.is_ascii() { vec![c] } else { escape(c) }).collect();
+    let ascii: String = text
+        .chars()
+        .flat_map(|c| if c.is_ascii() { vec![c] } else { escape(c) })
+        .collect();
     let stat = HeaderValue::try_from(ascii).map_err(|_| Failure::broken("describing the file"))?;
     let tar = copied.tar.map_err(std::io::Error::other);
-    Ok(([(CONTENT_TYPE.as_str(), HeaderValue::from_static("application/x-tar")), (PATH_STAT_HEADER, stat)], Body::from_stream(tar))
+    Ok((
+        [
+            (
+                CONTENT_TYPE.as_str(),
+                HeaderValue::from_static("application/x-tar"),
+            ),
+            (PATH_STAT_HEADER, stat),
+        ],
+        Body::from_stream(tar),
+    )
         .into_response())
 }
 
 /// A character as JSON writes it in ASCII.
 fn escape(c: char) -> Vec<char> {
     let mut units = [0; 2];
-    c.encode_utf16(&mut units).iter().flat_map(|unit| format!("\\u{unit:04x}").chars().collect::<Vec<_>>()).collect()
+    c.encode_utf16(&mut units)
+        .iter()
+        .flat_map(|unit| format!("\\u{unit:04x}").chars().collect::<Vec<_>>())
+        .collect()
 }
 
 #[utoipa::path(put, path = "/v1/vms/{vm}/archive", params(("vm" = String, Path), ArchiveQuery),
@@ -73,7 +96,13 @@ async fn write(
     request: Request,
 ) -> Answer<Json<ArchiveUnpacked>> {
     let live = live(&app.engine.find(&name)?)?;
-    let body = request.into_body().into_data_stream().map(|chunk| chunk.map_err(std::io::Error::other));
-    let files = live.agent.copy_in(absolute(&query)?, StreamReader::new(body)).await?;
+    let body = request
+        .into_body()
+        .into_data_stream()
+        .map(|chunk| chunk.map_err(std::io::Error::other));
+    let files = live
+        .agent
+        .copy_in(absolute(&query)?, StreamReader::new(body))
+        .await?;
     Ok(Json(ArchiveUnpacked { files }))
 }

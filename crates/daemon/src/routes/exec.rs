@@ -30,22 +30,36 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 
 #[utoipa::path(get, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)),
     responses((status = 101, body = ExecStart), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn exec(State(app): State<Shared>, Path(name): Path<String>, upgrade: WebSocketUpgrade) -> Answer<Response> {
+async fn exec(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    upgrade: WebSocketUpgrade,
+) -> Answer<Response> {
     let handle = app.engine.find(&name)?;
     let live = live(&handle)?;
     Ok(prepared(upgrade).on_upgrade(move |socket| session(socket, handle, live)))
 }
 
 fn failed(code: i32, kind: ErrorKind, message: impl Into<String>) -> Status {
-    Status::Failed { code, error: ApiError::new(kind, message) }
+    Status::Failed {
+        code,
+        error: ApiError::new(kind, message),
+    }
 }
 
 async fn session(socket: WebSocket, handle: VmHandle, live: Live) {
     let (mut sending, mut receiving) = socket.split();
     let first = tokio::time::timeout(START_TIMEOUT, receiving.next()).await;
     let Ok(Some(Ok(Message::Text(text)))) = first else {
-        return finish(&mut sending, &failed(125, ErrorKind::InvalidRequest, "the first message is not what to run"))
-            .await;
+        return finish(
+            &mut sending,
+            &failed(
+                125,
+                ErrorKind::InvalidRequest,
+                "the first message is not what to run",
+            ),
+        )
+        .await;
     };
     let start: ExecStart = match serde_json::from_str(&text) {
         Ok(start) => start,
@@ -55,18 +69,33 @@ async fn session(socket: WebSocket, handle: VmHandle, live: Live) {
         }
     };
     if start.process.argv.first().is_none_or(String::is_empty) {
-        return finish(&mut sending, &failed(125, ErrorKind::InvalidRequest, "there is nothing to run")).await;
+        return finish(
+            &mut sending,
+            &failed(125, ErrorKind::InvalidRequest, "there is nothing to run"),
+        )
+        .await;
     }
-    let of_the_vm = handle.view.borrow().definition.process.clone().unwrap_or_default();
+    let of_the_vm = handle
+        .view
+        .borrow()
+        .definition
+        .process
+        .clone()
+        .unwrap_or_default();
     let config = over(start.process, &of_the_vm);
     let stdin = config.stdin;
     let mut process = v1::Process::from(&config);
-    process.window =
-        start.window.map(|size| v1::WindowSize { rows: size.height.into(), cols: size.width.into() });
+    process.window = start.window.map(|size| v1::WindowSize {
+        rows: size.height.into(),
+        cols: size.width.into(),
+    });
     let ExecSession { input, mut events } = match live.agent.exec(process).await {
         Ok(session) => session,
         Err(error) => {
-            let status = Status::Failed { code: 125, error: ApiError::from_explained(&error) };
+            let status = Status::Failed {
+                code: 125,
+                error: ApiError::from_explained(&error),
+            };
             return finish(&mut sending, &status).await;
         }
     };
@@ -106,7 +135,10 @@ async fn session(socket: WebSocket, handle: VmHandle, live: Live) {
 fn broken(handle: &VmHandle, error: &offshoot_agent_proto::client::CallError) -> Status {
     let vm = handle.view.borrow();
     if vm.life.state.has_vmm() {
-        return Status::Failed { code: 125, error: ApiError::from_explained(error) };
+        return Status::Failed {
+            code: 125,
+            error: ApiError::from_explained(error),
+        };
     }
     failed(137, ErrorKind::WrongState, format!("VM `{}` stopped", vm.name))
 }
@@ -135,9 +167,19 @@ mod tests {
             working_dir: "/srv".into(),
             ..ProcessConfig::default()
         };
-        let asked = ProcessConfig { env: vec!["B=2".parse().unwrap()], user: "root".into(), ..ProcessConfig::default() };
+        let asked = ProcessConfig {
+            env: vec!["B=2".parse().unwrap()],
+            user: "root".into(),
+            ..ProcessConfig::default()
+        };
         let process = over(asked, &vm);
-        assert_eq!(process.env.iter().map(ToString::to_string).collect::<Vec<_>>(), ["A=1", "B=2"]);
-        assert_eq!((process.user.as_str(), process.working_dir.as_str()), ("root", "/srv"));
+        assert_eq!(
+            process.env.iter().map(ToString::to_string).collect::<Vec<_>>(),
+            ["A=1", "B=2"]
+        );
+        assert_eq!(
+            (process.user.as_str(), process.working_dir.as_str()),
+            ("root", "/srv")
+        );
     }
 }

@@ -55,10 +55,15 @@ async fn pull(State(app): State<Shared>, JsonBody(request): JsonBody<PullRequest
     request_body(content_type = "application/octet-stream", content = Vec<u8>),
     responses((status = 200, content_type = "application/x-ndjson", body = [ImageSummary])))]
 async fn import(State(app): State<Shared>, Query(query): Query<ImportQuery>, request: Request) -> Response {
-    let body = request.into_body().into_data_stream().map(|chunk| chunk.map_err(std::io::Error::other));
+    let body = request
+        .into_body()
+        .into_data_stream()
+        .map(|chunk| chunk.map_err(std::io::Error::other));
     let source = SyncIoBridge::new(Box::pin(StreamReader::new(body)));
     long_work::answer(|progress| async move {
-        app.images.import(source, query.name.as_deref(), query.prepare, &progress).await
+        app.images
+            .import(source, query.name.as_deref(), query.prepare, &progress)
+            .await
     })
 }
 

@@ -46,7 +46,11 @@ fn summary(bundle: &KernelBundle, default: Option<&KernelId>) -> KernelSummary {
         id: bundle.id.clone(),
         release: bundle.manifest.release.clone(),
         source: bundle.manifest.source.to_string(),
-        features: named.iter().filter(|(_, has)| *has).map(|(name, _)| (*name).to_owned()).collect(),
+        features: named
+            .iter()
+            .filter(|(_, has)| *has)
+            .map(|(name, _)| (*name).to_owned())
+            .collect(),
         created_ms: bundle.manifest.created_unix_ms,
         size: bundle.manifest.vmlinux.size.bytes() + bundle.manifest.initramfs.size.bytes(),
         default: default == Some(&bundle.id),
@@ -56,14 +60,22 @@ fn summary(bundle: &KernelBundle, default: Option<&KernelId>) -> KernelSummary {
 #[utoipa::path(get, path = "/v1/kernels", responses((status = 200, body = [KernelSummary])))]
 async fn list(State(app): State<Shared>) -> Answer<Json<Vec<KernelSummary>>> {
     let default = app.kernels.default().ok().map(|bundle| bundle.id);
-    Ok(Json(app.kernels.list()?.iter().map(|bundle| summary(bundle, default.as_ref())).collect()))
+    Ok(Json(
+        app.kernels
+            .list()?
+            .iter()
+            .map(|bundle| summary(bundle, default.as_ref()))
+            .collect(),
+    ))
 }
 
 #[utoipa::path(post, path = "/v1/kernels/distro", request_body = DistroRequest,
     responses((status = 200, content_type = "application/x-ndjson", body = KernelSummary)))]
 async fn add_distro(State(app): State<Shared>, JsonBody(request): JsonBody<DistroRequest>) -> Response {
     long_work::answer(|progress| async move {
-        let options = DistroOptions { package: request.package };
+        let options = DistroOptions {
+            package: request.package,
+        };
         let bundle = app.kernels.add_distro(&app.agent, &options, &progress).await?;
         Ok(summary(&bundle, Some(&bundle.id)))
     })
@@ -73,11 +85,15 @@ async fn add_distro(State(app): State<Shared>, JsonBody(request): JsonBody<Distr
     request_body(content_type = "application/x-tar", content = Vec<u8>),
     responses((status = 200, content_type = "application/x-ndjson", body = KernelSummary)))]
 async fn add_files(State(app): State<Shared>, request: Request) -> Response {
-    let body = request.into_body().into_data_stream().map(|chunk| chunk.map_err(std::io::Error::other));
+    let body = request
+        .into_body()
+        .into_data_stream()
+        .map(|chunk| chunk.map_err(std::io::Error::other));
     let source = SyncIoBridge::new(Box::pin(StreamReader::new(body)));
     long_work::answer(|progress| async move {
-        let staging = StagingDir::new(&app.data_dir.join("tmp"), "kernel-upload")
-            .map_err(|error| Failure::new(ErrorKind::Internal, format!("cannot unpack the upload: {error}")))?;
+        let staging = StagingDir::new(app.data_dir.join("tmp"), "kernel-upload").map_err(|error| {
+            Failure::new(ErrorKind::Internal, format!("cannot unpack the upload: {error}"))
+        })?;
         let into = staging.path().to_owned();
         let unpacked = tokio::task::spawn_blocking(move || unpack(source, &into)).await;
         let files = unpacked.map_err(|_| Failure::broken("unpacking the upload"))??;
@@ -93,14 +109,20 @@ struct Files {
 }
 
 async fn add(app: &App, files: &Files, progress: &Progress) -> Answer<KernelBundle> {
-    Ok(app.kernels.add_files(&files.vmlinux, files.modules.as_deref(), &app.agent, progress).await?)
+    Ok(app
+        .kernels
+        .add_files(&files.vmlinux, files.modules.as_deref(), &app.agent, progress)
+        .await?)
 }
 
 /// Unpacks `vmlinux` and `modules/…`; nothing else, and only files and folders.
 fn unpack(source: impl Read, into: &FilePath) -> Answer<Files> {
     let broken = |error: std::io::Error| {
-        Failure::new(ErrorKind::BadContent, format!("cannot unpack the upload: {error}"))
-            .hint("use `offshoot kernel add --vmlinux FILE [--modules DIR]`")
+        Failure::new(
+            ErrorKind::BadContent,
+            format!("cannot unpack the upload: {error}"),
+        )
+        .hint("use `offshoot kernel add --vmlinux FILE [--modules DIR]`")
     };
     let mut archive = tar::Archive::new(source.take(MAX_UNPACKED));
     archive.set_preserve_permissions(false);
@@ -115,21 +137,30 @@ fn unpack(source: impl Read, into: &FilePath) -> Answer<Files> {
         }
         if !entry.unpack_in(into).map_err(broken)? {
             let shown = path.display();
-            return Err(Failure::new(ErrorKind::BadContent, format!("the upload has a path that leads outside: {shown}")));
+            return Err(Failure::new(
+                ErrorKind::BadContent,
+                format!("the upload has a path that leads outside: {shown}"),
+            ));
         }
     }
     let (vmlinux, modules) = (into.join("vmlinux"), into.join("modules"));
     if !vmlinux.is_file() {
-        return Err(Failure::new(ErrorKind::BadContent, "the upload holds no `vmlinux`")
-            .hint("use `offshoot kernel add --vmlinux FILE [--modules DIR]`"));
+        return Err(
+            Failure::new(ErrorKind::BadContent, "the upload holds no `vmlinux`")
+                .hint("use `offshoot kernel add --vmlinux FILE [--modules DIR]`"),
+        );
     }
-    Ok(Files { vmlinux, modules: modules.is_dir().then_some(modules) })
+    Ok(Files {
+        vmlinux,
+        modules: modules.is_dir().then_some(modules),
+    })
 }
 
 fn parse_id(text: &str) -> Answer<KernelId> {
     text.parse().map_err(|_| {
         let shown: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-        Failure::new(ErrorKind::NotFound, format!("no such kernel: `{shown}`")).hint("see `offshoot kernel ls`")
+        Failure::new(ErrorKind::NotFound, format!("no such kernel: `{shown}`"))
+            .hint("see `offshoot kernel ls`")
     })
 }
 
@@ -137,11 +168,22 @@ fn parse_id(text: &str) -> Answer<KernelId> {
     responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
 async fn remove(State(app): State<Shared>, Path(id): Path<String>) -> Answer<StatusCode> {
     let id = parse_id(&id)?;
-    let users: Vec<_> = app.engine.list().iter().map(|handle| handle.view.borrow().clone()).collect();
-    let names: Vec<_> = users.iter().filter(|vm| vm.kernel_id == id).map(|vm| format!("`{}`", vm.name)).collect();
+    let users: Vec<_> = app
+        .engine
+        .list()
+        .iter()
+        .map(|handle| handle.view.borrow().clone())
+        .collect();
+    let names: Vec<_> = users
+        .iter()
+        .filter(|vm| vm.kernel_id == id)
+        .map(|vm| format!("`{}`", vm.name))
+        .collect();
     if !names.is_empty() {
         let message = format!("kernel {id} is used by VM {}", names.join(", "));
-        return Err(Failure::new(ErrorKind::Conflict, message).hint("remove the VM first with `offshoot rm VM`"));
+        return Err(
+            Failure::new(ErrorKind::Conflict, message).hint("remove the VM first with `offshoot rm VM`")
+        );
     }
     app.kernels.remove(&id)?;
     Ok(StatusCode::NO_CONTENT)

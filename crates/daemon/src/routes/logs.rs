@@ -41,7 +41,10 @@ async fn logs(
         return Ok((headers, Body::from(console(&handle).await)).into_response());
     }
     let mut follower = handle.output.follow(Follow::Kept);
-    let mut printer = Printer { timestamps: query.timestamps, at_line_start: [true; 2] };
+    let mut printer = Printer {
+        timestamps: query.timestamps,
+        at_line_start: [true; 2],
+    };
     // What is there already is read in one go, so that `--tail` can count from its end.
     let there = tokio::task::spawn_blocking(move || {
         let mut lines = Tail::new(query.tail);
@@ -50,7 +53,10 @@ async fn logs(
         }
         Ok::<_, std::io::Error>((follower, lines.into_records()))
     });
-    let (follower, there) = there.await.map_err(|_| Failure::broken("reading the log"))?.map_err(unreadable)?;
+    let (follower, there) = there
+        .await
+        .map_err(|_| Failure::broken("reading the log"))?
+        .map_err(|error| unreadable(&error))?;
     let mut first = BytesMut::new();
     for record in &there {
         printer.print(record, &mut first);
@@ -58,12 +64,19 @@ async fn logs(
     if !query.follow {
         return Ok((headers, Body::from(first.freeze())).into_response());
     }
-    let state = Following { handle, follower, printer, first: Some(first.freeze()) };
+    let state = Following {
+        handle,
+        follower,
+        printer,
+        first: Some(first.freeze()),
+    };
     let frames = stream::try_unfold(state, |mut state| async move {
         if let Some(first) = state.first.take() {
             return Ok(Some((first, state)));
         }
-        let Some(record) = next_or_end(&state.handle, &mut state.follower).await? else { return Ok(None) };
+        let Some(record) = next_or_end(&state.handle, &mut state.follower).await? else {
+            return Ok(None);
+        };
         let mut frame = BytesMut::new();
         state.printer.print(&record, &mut frame);
         Ok::<_, std::io::Error>(Some((frame.freeze(), state)))
@@ -79,17 +92,18 @@ struct Following {
 }
 
 /// The next record, or `None` when the VM does not run and all is read.
-pub(super) async fn next_or_end(handle: &VmHandle, follower: &mut Follower) -> std::io::Result<Option<Record>> {
+pub(super) async fn next_or_end(
+    handle: &VmHandle,
+    follower: &mut Follower,
+) -> std::io::Result<Option<Record>> {
     let mut view = handle.view.clone();
-    loop {
-        tokio::select! {
-            biased;
-            record = follower.next() => return record.map(Some),
-            ended = view.wait_for(|vm| !may_write(vm.life.state)) => {
-                drop(ended);
-                // The state is announced after the last record was written.
-                return follower.try_next();
-            }
+    tokio::select! {
+        biased;
+        record = follower.next() => record.map(Some),
+        ended = view.wait_for(|vm| !may_write(vm.life.state)) => {
+            drop(ended);
+            // The state is announced after the last record was written.
+            follower.try_next()
         }
     }
 }
@@ -107,8 +121,11 @@ async fn console(handle: &VmHandle) -> Bytes {
     frames.freeze()
 }
 
-fn unreadable(error: std::io::Error) -> Failure {
-    Failure::new(offshoot_model::ErrorKind::Internal, format!("cannot read the log: {error}"))
+fn unreadable(error: &std::io::Error) -> Failure {
+    Failure::new(
+        offshoot_model::ErrorKind::Internal,
+        format!("cannot read the log: {error}"),
+    )
 }
 
 /// Keeps the records that hold the last so many lines.
@@ -120,7 +137,11 @@ struct Tail {
 
 impl Tail {
     fn new(limit: Option<u64>) -> Self {
-        Self { limit, records: VecDeque::new(), lines: 0 }
+        Self {
+            limit,
+            records: VecDeque::new(),
+            lines: 0,
+        }
     }
 
     fn push(&mut self, record: Record) {
@@ -138,13 +159,20 @@ impl Tail {
     }
 
     fn into_records(self) -> Vec<Record> {
-        let Some(limit) = self.limit else { return self.records.into_iter().map(|(record, _)| record).collect() };
-        let ends_open = self.records.back().is_some_and(|(record, _)| record.data.last().is_some_and(|b| *b != b'\n'));
+        let Some(limit) = self.limit else {
+            return self.records.into_iter().map(|(record, _)| record).collect();
+        };
+        let ends_open = self
+            .records
+            .back()
+            .is_some_and(|(record, _)| record.data.last().is_some_and(|b| *b != b'\n'));
         let mut skip = (self.lines + u64::from(ends_open)).saturating_sub(limit);
         let mut kept = Vec::new();
         for (mut record, _) in self.records {
             while skip > 0 {
-                let Some(end) = record.data.iter().position(|b| *b == b'\n') else { break };
+                let Some(end) = record.data.iter().position(|b| *b == b'\n') else {
+                    break;
+                };
                 record.data = record.data.slice(end + 1..);
                 skip -= 1;
             }
@@ -171,7 +199,10 @@ impl Printer {
         };
         let told;
         let data: &[u8] = if record.kind == RecordKind::Lost {
-            told = format!("[{} bytes were lost while no daemon listened]\n", String::from_utf8_lossy(&record.data));
+            told = format!(
+                "[{} bytes were lost while no daemon listened]\n",
+                String::from_utf8_lossy(&record.data)
+            );
             told.as_bytes()
         } else {
             &record.data
@@ -201,7 +232,12 @@ mod tests {
     use super::*;
 
     fn record(data: &'static str) -> Record {
-        Record { kind: RecordKind::Stdout, time_ms: 0, offset: 0, data: data.into() }
+        Record {
+            kind: RecordKind::Stdout,
+            time_ms: 0,
+            offset: 0,
+            data: data.into(),
+        }
     }
 
     #[test]
@@ -224,7 +260,10 @@ mod tests {
 
     #[test]
     fn a_time_stands_before_every_line_and_only_there() {
-        let mut printer = Printer { timestamps: true, at_line_start: [true; 2] };
+        let mut printer = Printer {
+            timestamps: true,
+            at_line_start: [true; 2],
+        };
         let mut frames = BytesMut::new();
         printer.print(&record("a\nb"), &mut frames);
         printer.print(&record("c\n"), &mut frames);

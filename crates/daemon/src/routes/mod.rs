@@ -54,5 +54,9 @@ async fn nowhere(uri: Uri) -> Failure {
 
 async fn wrong_method(method: Method, uri: Uri) -> Failure {
     let path: String = uri.path().chars().take(200).collect();
-    Failure::new(ErrorKind::InvalidRequest, format!("`{path}` does not take {method}")).hint("see GET /openapi.json")
+    Failure::new(
+        ErrorKind::InvalidRequest,
+        format!("`{path}` does not take {method}"),
+    )
+    .hint("see GET /openapi.json")
 }

@@ -107,7 +107,11 @@ async fn attach(
 ) -> Answer<Response> {
     let handle = app.engine.find(&name)?;
     // Before the answer: a client may start the VM as soon as it has it, and must miss nothing.
-    let follower = handle.output.follow(if query.logs { Follow::Everything } else { Follow::FromEnd });
+    let follower = handle.output.follow(if query.logs {
+        Follow::Everything
+    } else {
+        Follow::FromEnd
+    });
     let began = handle.view.borrow().clone();
     let began = (began.life.state, began.life.started_ms);
     Ok(prepared(upgrade).on_upgrade(move |socket| relay(socket, handle, follower, query.stdin, began)))
@@ -125,7 +129,11 @@ async fn relay(
         let handle = handle.clone();
         async move {
             let mut live = handle.live.clone();
-            let agent = live.wait_for(Option::is_some).await.ok().and_then(|live| live.clone());
+            let agent = live
+                .wait_for(Option::is_some)
+                .await
+                .ok()
+                .and_then(|live| live.clone());
             match agent {
                 Some(live) => {
                     let main = live.agent.main_input();
@@ -186,9 +194,19 @@ fn status(handle: &VmHandle) -> Status {
     match (&vm.life.exit, vm.life.state) {
         (exit, VmState::Failed) => {
             let mut messages = vm.life.failure.clone();
-            let message = if messages.is_empty() { "the VM did not start".into() } else { messages.remove(0) };
-            let error = ApiError { causes: messages, ..ApiError::new(ErrorKind::Internal, message) };
-            Status::Failed { code: exit.map_or(125, |exit| exit.code), error }
+            let message = if messages.is_empty() {
+                "the VM did not start".into()
+            } else {
+                messages.remove(0)
+            };
+            let error = ApiError {
+                causes: messages,
+                ..ApiError::new(ErrorKind::Internal, message)
+            };
+            Status::Failed {
+                code: exit.map_or(125, |exit| exit.code),
+                error,
+            }
         }
         (Some(exit), _) => Status::Exited { code: exit.code },
         (None, _) => Status::Failed {
@@ -210,7 +228,13 @@ mod tests {
         check(b"\0hi", Some(Input::Stdin(Bytes::from_static(b"hi"))));
         check(b"\xff\0", Some(Input::CloseStdin));
         check(b"\xff\x01", None);
-        check(b"\x04{\"Width\":80,\"Height\":24}", Some(Input::Resize(WindowSize { width: 80, height: 24 })));
+        check(
+            b"\x04{\"Width\":80,\"Height\":24}",
+            Some(Input::Resize(WindowSize {
+                width: 80,
+                height: 24,
+            })),
+        );
         check(b"\x04{}", None);
         check(b"\x0515", Some(Input::Signal(15)));
         check(b"\x05-1", None);

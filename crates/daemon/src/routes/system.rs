@@ -45,7 +45,10 @@ async fn info(State(app): State<Shared>) -> Answer<Json<SystemInfo>> {
         kvm_explanation: probe.explanation.clone(),
         vmms,
         vms: vms.len() as u64,
-        running: vms.iter().filter(|handle| handle.view.borrow().life.state.has_vmm()).count() as u64,
+        running: vms
+            .iter()
+            .filter(|handle| handle.view.borrow().life.state.has_vmm())
+            .count() as u64,
         images: app.images.list().await?.len() as u64,
     }))
 }
@@ -53,12 +56,20 @@ async fn info(State(app): State<Shared>) -> Answer<Json<SystemInfo>> {
 #[utoipa::path(get, path = "/v1/system/doctor", responses((status = 200, body = DoctorReport)))]
 async fn doctor(State(app): State<Shared>) -> Answer<Json<DoctorReport>> {
     let mut findings = app.engine.check().await;
-    let integrity = app.engine.db().call(|db| db.integrity()).await?;
+    let integrity = app.engine.db().call(offshoot_store::db::Db::integrity).await?;
     findings.push(Finding {
         capability: "database".into(),
-        severity: if integrity == "ok" { Severity::Ok } else { Severity::Failure },
+        severity: if integrity == "ok" {
+            Severity::Ok
+        } else {
+            Severity::Failure
+        },
         message: format!("integrity check: {integrity}"),
-        hint: if integrity == "ok" { String::new() } else { "restore the database from a backup".into() },
+        hint: if integrity == "ok" {
+            String::new()
+        } else {
+            "restore the database from a backup".into()
+        },
     });
     Ok(Json(DoctorReport { findings }))
 }

@@ -43,7 +43,12 @@ pub(super) fn summary(vm: &VmRecord) -> VmSummary {
         id: vm.id.clone(),
         name: vm.name.clone(),
         image: vm.definition.config.image.clone(),
-        command: vm.definition.process.as_ref().map(|process| quote(&process.argv)).unwrap_or_default(),
+        command: vm
+            .definition
+            .process
+            .as_ref()
+            .map(|process| quote(&process.argv))
+            .unwrap_or_default(),
         state: vm.life.state,
         created_ms: vm.created_ms,
         started_ms: vm.life.started_ms,
@@ -56,7 +61,11 @@ pub(super) fn summary(vm: &VmRecord) -> VmSummary {
 fn quote(argv: &[String]) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./:=,+@%".contains(c);
     let words = argv.iter().map(|word| {
-        if !word.is_empty() && word.chars().all(plain) { word.clone() } else { format!("'{}'", word.replace('\'', r"'\''")) }
+        if !word.is_empty() && word.chars().all(plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', r"'\''"))
+        }
     });
     words.collect::<Vec<_>>().join(" ")
 }
@@ -64,8 +73,11 @@ fn quote(argv: &[String]) -> String {
 /// Which VMM, out of the request and what this build has.
 fn choose_vmm(app: &App, request: VmmRequest) -> Answer<Choice> {
     let refuse = |name: &str| {
-        Err(Failure::new(ErrorKind::NotPossible, format!("this offshootd has no driver for {name}"))
-            .hint("leave `--vmm` out, or use `--vmm qemu`"))
+        Err(Failure::new(
+            ErrorKind::NotPossible,
+            format!("this offshootd has no driver for {name}"),
+        )
+        .hint("leave `--vmm` out, or use `--vmm qemu`"))
     };
     match request {
         VmmRequest::CloudHypervisor => return refuse("Cloud Hypervisor"),
@@ -92,29 +104,52 @@ fn choose_root(request: RootRequest) -> Answer<Choice> {
         RootRequest::Auto => "a shared root that works on every VMM",
         RootRequest::Block => "asked for",
         RootRequest::Pmem | RootRequest::Virtiofs | RootRequest::Copy => {
-            return Err(Failure::new(ErrorKind::NotPossible, "this version shows a root only as `block`")
-                .hint("leave `--root` out, or use `--root block`"));
+            return Err(Failure::new(
+                ErrorKind::NotPossible,
+                "this version shows a root only as `block`",
+            )
+            .hint("leave `--root` out, or use `--root block`"));
         }
     };
-    Ok(Choice { chosen: "block".into(), reasons: vec![reason.into()] })
+    Ok(Choice {
+        chosen: "block".into(),
+        reasons: vec![reason.into()],
+    })
 }
 
 #[utoipa::path(post, path = "/v1/vms", request_body = VmConfig,
     responses((status = 201, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn create(State(app): State<Shared>, JsonBody(config): JsonBody<VmConfig>) -> Answer<(StatusCode, Json<VmSummary>)> {
-    config.validate().map_err(offshoot_engine::error::VmError::Config)?;
+async fn create(
+    State(app): State<Shared>,
+    JsonBody(config): JsonBody<VmConfig>,
+) -> Answer<(StatusCode, Json<VmSummary>)> {
+    config
+        .validate()
+        .map_err(offshoot_engine::error::VmError::Config)?;
     if let Some(name) = &config.name
-        && app.engine.find(name.as_str()).is_ok_and(|vm| vm.view.borrow().name.as_str().eq_ignore_ascii_case(name.as_str()))
+        && app
+            .engine
+            .find(name.as_str())
+            .is_ok_and(|vm| vm.view.borrow().name.as_str().eq_ignore_ascii_case(name.as_str()))
     {
-        return Err(offshoot_store::db::DbError::NameTaken { name: name.to_string() }.into());
+        return Err(offshoot_store::db::DbError::NameTaken {
+            name: name.to_string(),
+        }
+        .into());
     }
     if config.boot == Boot::Template {
-        return Err(Failure::new(ErrorKind::NotPossible, "this version has no templates: every VM boots its kernel")
-            .hint("leave `--boot` out, or use `--boot cold`"));
+        return Err(Failure::new(
+            ErrorKind::NotPossible,
+            "this version has no templates: every VM boots its kernel",
+        )
+        .hint("leave `--boot` out, or use `--boot cold`"));
     }
     if !config.mounts.is_empty() {
-        return Err(Failure::new(ErrorKind::NotPossible, "this version cannot share folders with a VM")
-            .hint("copy them in with `offshoot cp`"));
+        return Err(Failure::new(
+            ErrorKind::NotPossible,
+            "this version cannot share folders with a VM",
+        )
+        .hint("copy them in with `offshoot cp`"));
     }
     let vmm = choose_vmm(&app, config.vmm)?;
     let root = choose_root(config.root)?;
@@ -149,7 +184,10 @@ async fn inspect(State(app): State<Shared>, Path(name): Path<String>) -> Answer<
     let vm = handle.view.borrow().clone();
     let id = vm.id.clone();
     let timings = app.engine.db().call(move |db| db.stages(&id)).await?;
-    let decision = |choice: &Choice| Decision { chosen: choice.chosen.clone(), reasons: choice.reasons.clone() };
+    let decision = |choice: &Choice| Decision {
+        chosen: choice.chosen.clone(),
+        reasons: choice.reasons.clone(),
+    };
     let disk_bytes = if handle.paths.data().exists() {
         offshoot_sys::space::disk_usage(handle.paths.data()).unwrap_or(0)
     } else {
@@ -235,8 +273,10 @@ async fn kill(
             Some(signal) => Request::Signal(signal),
             None => {
                 let shown: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-                return Err(Failure::new(ErrorKind::InvalidRequest, format!("no such signal: `{shown}`"))
-                    .hint("see `kill -l` for names and numbers"));
+                return Err(
+                    Failure::new(ErrorKind::InvalidRequest, format!("no such signal: `{shown}`"))
+                        .hint("see `kill -l` for names and numbers"),
+                );
             }
         },
     };
@@ -272,13 +312,18 @@ async fn rename(
     responses((status = 200, body = WaitAnswer), (status = "4XX", body = offshoot_api::error::ApiError)))]
 async fn wait(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<WaitAnswer>> {
     let handle = app.engine.find(&name)?;
-    Ok(Json(WaitAnswer { exit: ended(&handle).await.life.exit }))
+    Ok(Json(WaitAnswer {
+        exit: ended(&handle).await.life.exit,
+    }))
 }
 
 /// The record once the VM does not run any more.
 pub(super) async fn ended(handle: &VmHandle) -> std::sync::Arc<VmRecord> {
     let mut view = handle.view.clone();
-    let ended = view.wait_for(|vm| !vm.life.state.has_vmm()).await.map(|vm| vm.clone());
+    let ended = view
+        .wait_for(|vm| !vm.life.state.has_vmm())
+        .await
+        .map(|vm| vm.clone());
     // The owner is gone: the VM was removed, and its last state stands.
     ended.unwrap_or_else(|_| handle.view.borrow().clone())
 }
@@ -297,7 +342,11 @@ pub(super) fn live(handle: &VmHandle) -> Answer<offshoot_engine::run::Live> {
         .into());
     }
     handle.live.borrow().clone().ok_or_else(|| {
-        offshoot_engine::error::VmError::NoAgent { name: vm.name.clone(), operation: "enter" }.into()
+        offshoot_engine::error::VmError::NoAgent {
+            name: vm.name.clone(),
+            operation: "enter",
+        }
+        .into()
     })
 }
 

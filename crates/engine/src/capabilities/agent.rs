@@ -40,7 +40,11 @@ enum AgentError {
 }
 
 fn last_words(console: &str) -> String {
-    if console.is_empty() { String::new() } else { format!("; its last words: {console}") }
+    if console.is_empty() {
+        String::new()
+    } else {
+        format!("; its last words: {console}")
+    }
 }
 
 impl Explain for AgentError {
@@ -89,7 +93,11 @@ fn endpoint(endpoint: &AgentEndpoint) -> Result<PathBuf, AgentError> {
 async fn console_tail(machine: &dyn Machine) -> String {
     let bytes = machine.console_tail(LAST_WORDS).await.unwrap_or_default();
     let printable = |c: char| if c.is_control() && c != '\n' { ' ' } else { c };
-    String::from_utf8_lossy(&bytes).trim().chars().map(printable).collect()
+    String::from_utf8_lossy(&bytes)
+        .trim()
+        .chars()
+        .map(printable)
+        .collect()
 }
 
 /// Says that the agent answers, and looks for it again whenever it is said not to, until the run is over.
@@ -164,12 +172,17 @@ impl Capability for AgentCapability {
             hostname: run.vm.name.to_string(),
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             entropy: entropy.into(),
-            root: Some(v1::configure_request::Root::RootBlockSerial(ROOT_SERIAL.to_owned())),
+            root: Some(v1::configure_request::Root::RootBlockSerial(
+                ROOT_SERIAL.to_owned(),
+            )),
             overlay_serial: OVERLAY_SERIAL.to_owned(),
             work_serial: String::new(),
             mounts: Vec::new(),
         };
-        let stages = agent.configure(request).await.map_err(|source| boxed(AgentError::Configure(source)))?;
+        let stages = agent
+            .configure(request)
+            .await
+            .map_err(|source| boxed(AgentError::Configure(source)))?;
         for (name, duration) in stages {
             run.note_guest_stage(&name, duration);
         }
@@ -178,19 +191,33 @@ impl Capability for AgentCapability {
     }
 
     async fn adopt(&self, run: &Run) -> Result<(), CapabilityError> {
-        let Some(machine) = run.machine() else { return Ok(()) };
+        let Some(machine) = run.machine() else {
+            return Ok(());
+        };
         let path = endpoint(machine.agent_endpoint()).map_err(boxed)?;
-        keep_connected(run, RunLink { path, agent: run.agent_slot() });
+        keep_connected(
+            run,
+            RunLink {
+                path,
+                agent: run.agent_slot(),
+            },
+        );
         Ok(())
     }
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
-        let Ending::Graceful(grace) = run.ending() else { return Ok(()) };
+        let Ending::Graceful(grace) = run.ending() else {
+            return Ok(());
+        };
         let Some(agent) = run.agent() else { return Ok(()) };
         match agent.shutdown(grace).await {
             Ok(true) => {}
-            Ok(false) => tracing::warn!(vm = %run.vm.name, "the guest could not unmount everything; its journal will mend it"),
-            Err(error) => tracing::warn!(vm = %run.vm.name, %error, "the guest did not shut down; its VMM is ended"),
+            Ok(false) => {
+                tracing::warn!(vm = %run.vm.name, "the guest could not unmount everything; its journal will mend it");
+            }
+            Err(error) => {
+                tracing::warn!(vm = %run.vm.name, %error, "the guest did not shut down; its VMM is ended");
+            }
         }
         Ok(())
     }

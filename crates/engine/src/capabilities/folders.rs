@@ -41,7 +41,10 @@ impl Explain for FolderError {
     }
 
     fn hints(&self) -> Vec<String> {
-        vec![format!("look at {}, or run `offshoot doctor`", self.path.display())]
+        vec![format!(
+            "look at {}, or run `offshoot doctor`",
+            self.path.display()
+        )]
     }
 }
 
@@ -62,7 +65,10 @@ impl Capability for FoldersCapability {
                     self.name(),
                     Severity::Failure,
                     format!("unprivileged VMMs cannot pass through {}", closed.display()),
-                    format!("chmod o+x {}, or choose another --data-dir and --run-dir", closed.display()),
+                    format!(
+                        "chmod o+x {}, or choose another --data-dir and --run-dir",
+                        closed.display()
+                    ),
                 ));
             }
         }
@@ -70,7 +76,11 @@ impl Capability for FoldersCapability {
             Ok(bytes) if bytes < LITTLE_ROOM => finding(
                 self.name(),
                 Severity::Warning,
-                format!("only {} left in {}", offshoot_model::ByteSize::from_bytes(bytes), self.roots[0].display()),
+                format!(
+                    "only {} left in {}",
+                    offshoot_model::ByteSize::from_bytes(bytes),
+                    self.roots[0].display()
+                ),
                 "remove VMs and images with `offshoot rm` and `offshoot image rm`",
             ),
             Ok(_) => finding(self.name(), Severity::Ok, "the data directory has room", ""),
@@ -125,7 +135,12 @@ fn make(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<(), CapabilityErro
         .create(path)
         .and_then(|()| chown(path, Some(uid), Some(gid)))
         .and_then(|()| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)));
-    made.map_err(|source| Box::new(FolderError { path: path.to_owned(), source }) as CapabilityError)
+    made.map_err(|source| {
+        Box::new(FolderError {
+            path: path.to_owned(),
+            source,
+        }) as CapabilityError
+    })
 }
 
 /// The outermost folder on the way to `path` that a process in no group but `gid` cannot pass through.
@@ -149,7 +164,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let inner = dir.path().join("a/b");
         std::fs::create_dir_all(&inner).unwrap();
-        let set = |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
+        let set =
+            |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
         set(dir.path(), 0o711);
         set(&dir.path().join("a"), 0o700);
         assert_eq!(closed_ancestor(&inner, 1), Some(dir.path().join("a")));

@@ -54,19 +54,26 @@ impl Capability for KernelCapability {
                 format!("kernel {} ({})", bundle.manifest.release, bundle.id),
                 "",
             ),
-            Err(error) => {
-                finding(self.name(), Severity::Failure, error.to_string(), "add one with `offshoot kernel add --distro`")
-            }
+            Err(error) => finding(
+                self.name(),
+                Severity::Failure,
+                error.to_string(),
+                "add one with `offshoot kernel add --distro`",
+            ),
         };
         vec![found]
     }
 
     fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut LaunchPlan) -> Result<(), CapabilityError> {
-        let bundle = self.kernels.get(&vm.kernel_id).map_err(|error| Box::new(error) as CapabilityError)?;
+        let bundle = self
+            .kernels
+            .get(&vm.kernel_id)
+            .map_err(|error| Box::new(error) as CapabilityError)?;
         plan.kernel = bundle.vmlinux();
         plan.initramfs = Some(bundle.initramfs());
         plan.console_device = ConsoleDevice::Serial;
-        plan.cmdline.push(format!("console={}", plan.console_device.kernel_name()));
+        plan.cmdline
+            .push(format!("console={}", plan.console_device.kernel_name()));
         plan.cmdline.extend(COMMAND_LINE.map(str::to_owned));
         Ok(())
     }

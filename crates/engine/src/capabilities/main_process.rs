@@ -47,7 +47,9 @@ impl Explain for MainError {
 
     fn hints(&self) -> Vec<String> {
         match self {
-            Self::Refused { .. } => vec!["see what the image has, for example `offshoot run --rm IMAGE ls /bin`".into()],
+            Self::Refused { .. } => {
+                vec!["see what the image has, for example `offshoot run --rm IMAGE ls /bin`".into()]
+            }
             Self::Call(source) => source.hints(),
             Self::NoAgent | Self::Log { .. } => Vec::new(),
         }
@@ -108,7 +110,12 @@ impl Pump {
                         OutputStream::Stdout => RecordKind::Stdout,
                         OutputStream::Stderr => RecordKind::Stderr,
                     };
-                    Record { kind, time_ms: now_ms(), offset, data }
+                    Record {
+                        kind,
+                        time_ms: now_ms(),
+                        offset,
+                        data,
+                    }
                 }
                 Ok(ProcessEvent::Lost { bytes }) => Record {
                     kind: RecordKind::Lost,
@@ -133,7 +140,11 @@ impl Pump {
 }
 
 fn spawn_pump(run: &Run) {
-    let pump = Pump { agent: run.agent_slot(), output: run.output.clone(), exit: run.main_exit_slot() };
+    let pump = Pump {
+        agent: run.agent_slot(),
+        output: run.output.clone(),
+        exit: run.main_exit_slot(),
+    };
     let over = run.over.clone();
     tokio::spawn(async move {
         tokio::select! {
@@ -162,9 +173,12 @@ impl Capability for MainProcessCapability {
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
-        run.output
-            .begin_run(now_ms())
-            .map_err(|source| boxed(MainError::Log { path: run.paths.output(), source }))
+        run.output.begin_run(now_ms()).map_err(|source| {
+            boxed(MainError::Log {
+                path: run.paths.output(),
+                source,
+            })
+        })
     }
 
     async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError> {
@@ -173,14 +187,19 @@ impl Capability for MainProcessCapability {
             Some(process) => v1::start_main_request::What::Process(v1::Process::from(process)),
             None => v1::start_main_request::What::Init(true),
         };
-        match agent.start_main(what).await.map_err(|source| boxed(MainError::Call(source)))? {
+        match agent
+            .start_main(what)
+            .await
+            .map_err(|source| boxed(MainError::Call(source)))?
+        {
             MainStart::Started { .. } => {
                 spawn_pump(run);
                 Ok(())
             }
-            MainStart::Refused(refusal) => {
-                Err(boxed(MainError::Refused { status: refusal.status, message: refusal.message }))
-            }
+            MainStart::Refused(refusal) => Err(boxed(MainError::Refused {
+                status: refusal.status,
+                message: refusal.message,
+            })),
         }
     }
 
@@ -190,7 +209,9 @@ impl Capability for MainProcessCapability {
     }
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
-        let Ending::Graceful(grace) = run.ending() else { return Ok(()) };
+        let Ending::Graceful(grace) = run.ending() else {
+            return Ok(());
+        };
         let Some(agent) = run.agent() else { return Ok(()) };
         if run.main_exit().is_some() || run.vm.definition.process.is_none() {
             return Ok(());

@@ -21,6 +21,16 @@ pub use vmm::{Accelerator, VmmCapability};
 use offshoot_model::{Finding, Severity};
 
 /// A finding of `capability`.
-fn finding(capability: &str, severity: Severity, message: impl Into<String>, hint: impl Into<String>) -> Finding {
-    Finding { capability: capability.to_owned(), severity, message: message.into(), hint: hint.into() }
+fn finding(
+    capability: &str,
+    severity: Severity,
+    message: impl Into<String>,
+    hint: impl Into<String>,
+) -> Finding {
+    Finding {
+        capability: capability.to_owned(),
+        severity,
+        message: message.into(),
+        hint: hint.into(),
+    }
 }

@@ -64,10 +64,15 @@ fn ensure(seed: &Path, disk: &Path, size: ByteSize, uid: u32) -> Result<(), Over
         return Ok(());
     }
     let unfinished = disk.with_extension("new");
-    let owner = |source| OverlayError::Owner { path: disk.to_owned(), source };
+    let owner = |source| OverlayError::Owner {
+        path: disk.to_owned(),
+        source,
+    };
     let _ = std::fs::remove_file(&unfinished);
-    clone_seed(seed, &unfinished, size)
-        .map_err(|source| OverlayError::Clone { path: disk.to_owned(), source })?;
+    clone_seed(seed, &unfinished, size).map_err(|source| OverlayError::Clone {
+        path: disk.to_owned(),
+        source,
+    })?;
     chown(&unfinished, Some(uid), Some(uid)).map_err(owner)?;
     std::fs::rename(&unfinished, disk).map_err(owner)
 }

@@ -38,7 +38,10 @@ impl Explain for RootError {
     }
 
     fn hints(&self) -> Vec<String> {
-        vec![format!("make it again with `offshoot image prepare {}`", self.image)]
+        vec![format!(
+            "make it again with `offshoot image prepare {}`",
+            self.image
+        )]
     }
 }
 

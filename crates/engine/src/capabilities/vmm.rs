@@ -59,7 +59,11 @@ const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl VmmCapability {
     fn driver(&self, kind: &str) -> Result<&Arc<dyn Driver>, CapabilityError> {
-        self.drivers.get(kind).ok_or_else(|| Box::new(NoDriver { kind: kind.to_owned() }) as CapabilityError)
+        self.drivers.get(kind).ok_or_else(|| {
+            Box::new(NoDriver {
+                kind: kind.to_owned(),
+            }) as CapabilityError
+        })
     }
 }
 
@@ -87,14 +91,27 @@ impl Capability for VmmCapability {
         }
         if !any {
             let hint = "apt install qemu-system-x86";
-            findings.push(finding(self.name(), Severity::Failure, "no VMM is installed", hint));
+            findings.push(finding(
+                self.name(),
+                Severity::Failure,
+                "no VMM is installed",
+                hint,
+            ));
         }
         findings.push(match self.accelerator.accel {
-            Accel::Kvm => finding(self.name(), Severity::Ok, self.accelerator.probe.explanation.clone(), ""),
+            Accel::Kvm => finding(
+                self.name(),
+                Severity::Ok,
+                self.accelerator.probe.explanation.clone(),
+                "",
+            ),
             Accel::Tcg => finding(
                 self.name(),
                 Severity::Warning,
-                format!("{}; guests are emulated in software and slow", self.accelerator.probe.explanation),
+                format!(
+                    "{}; guests are emulated in software and slow",
+                    self.accelerator.probe.explanation
+                ),
                 "use a host whose processor offers virtualisation to Linux (`ls -l /dev/kvm`)",
             ),
         });
@@ -107,15 +124,25 @@ impl Capability for VmmCapability {
         plan.memory = ByteSize::from_mib(config.memory.mib());
         plan.accel = self.accelerator.accel;
         plan.agent = AgentChannel::VirtioSerial;
-        let kvm = self.accelerator.kvm_gid.filter(|_| self.accelerator.accel == Accel::Kvm);
+        let kvm = self
+            .accelerator
+            .kvm_gid
+            .filter(|_| self.accelerator.accel == Accel::Kvm);
         let groups = std::iter::once(self.gid).chain(kvm).collect();
-        plan.identity = Some(VmmIdentity { uid: vm.uid, gid: vm.uid, groups });
+        plan.identity = Some(VmmIdentity {
+            uid: vm.uid,
+            gid: vm.uid,
+            groups,
+        });
         Ok(())
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
         let driver = self.driver(&run.vm.definition.vmm.chosen)?;
-        let machine = driver.launch(&run.plan).await.map_err(|error| Box::new(error) as CapabilityError)?;
+        let machine = driver
+            .launch(&run.plan)
+            .await
+            .map_err(|error| Box::new(error) as CapabilityError)?;
         run.set_machine(machine.into());
         Ok(())
     }
@@ -135,18 +162,27 @@ impl Capability for VmmCapability {
             }),
         };
         let Some(state) = state else { return Ok(()) };
-        if let Some(machine) = driver.reopen(&state).await.map_err(|error| Box::new(error) as CapabilityError)? {
+        if let Some(machine) = driver
+            .reopen(&state)
+            .await
+            .map_err(|error| Box::new(error) as CapabilityError)?
+        {
             run.set_machine(machine.into());
         }
         Ok(())
     }
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
-        let Some(machine) = run.machine() else { return Ok(()) };
+        let Some(machine) = run.machine() else {
+            return Ok(());
+        };
         if run.ending() != Ending::Kill && run.ending() != Ending::Discard {
             let _ = tokio::time::timeout(QUIT_TIMEOUT, machine.quit()).await;
         }
-        machine.kill().await.map_err(|error| Box::new(error) as CapabilityError)
+        machine
+            .kill()
+            .await
+            .map_err(|error| Box::new(error) as CapabilityError)
     }
 
     async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {

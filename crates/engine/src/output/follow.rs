@@ -44,8 +44,19 @@ impl Follower {
             .then(|| File::open(rotated(&shared.path)).ok())
             .flatten()
             .map(|file| BufReader::with_capacity(256 << 10, file));
-        let position = if what == Follow::FromEnd { end.borrow().length } else { 0 };
-        Self { shared, end, pinned, older, current: None, position }
+        let position = if what == Follow::FromEnd {
+            end.borrow().length
+        } else {
+            0
+        };
+        Self {
+            shared,
+            end,
+            pinned,
+            older,
+            current: None,
+            position,
+        }
     }
 
     /// The next record that is there already.

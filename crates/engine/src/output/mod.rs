@@ -64,7 +64,10 @@ impl OutputLog {
             Ok(mut file) => {
                 let scanned = record::scan(&mut file)?;
                 if scanned.good_length < file.metadata()?.len() {
-                    OpenOptions::new().write(true).open(path)?.set_len(scanned.good_length)?;
+                    OpenOptions::new()
+                        .write(true)
+                        .open(path)?
+                        .set_len(scanned.good_length)?;
                 }
                 (scanned.good_length, scanned.next_offset)
             }
@@ -75,8 +78,14 @@ impl OutputLog {
             shared: Arc::new(Shared {
                 path: path.to_owned(),
                 max_file,
-                writer: Mutex::new(Writer { file: None, next_offset }),
-                end: watch::Sender::new(End { generation: 0, length }),
+                writer: Mutex::new(Writer {
+                    file: None,
+                    next_offset,
+                }),
+                end: watch::Sender::new(End {
+                    generation: 0,
+                    length,
+                }),
                 pinned: AtomicUsize::new(0),
             }),
         })
@@ -84,12 +93,21 @@ impl OutputLog {
 
     /// Marks the beginning of a run: positions count from 0 again.
     pub fn begin_run(&self, now_ms: u64) -> io::Result<()> {
-        self.append(&Record { kind: RecordKind::Begin, time_ms: now_ms, offset: 0, data: Default::default() })
+        self.append(&Record {
+            kind: RecordKind::Begin,
+            time_ms: now_ms,
+            offset: 0,
+            data: Default::default(),
+        })
     }
 
     /// Position in the current run's output from which the agent should send.
     pub fn next_offset(&self) -> u64 {
-        self.shared.writer.lock().unwrap_or_else(PoisonError::into_inner).next_offset
+        self.shared
+            .writer
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .next_offset
     }
 
     /// Appends one record. Blocks for a write to the page cache; never for a disk or a reader.
@@ -99,12 +117,19 @@ impl OutputLog {
         if end.length >= self.shared.max_file && self.shared.pinned.load(Ordering::Acquire) == 0 {
             std::fs::rename(&self.shared.path, rotated(&self.shared.path))?;
             writer.file = None;
-            end = End { generation: end.generation + 1, length: 0 };
+            end = End {
+                generation: end.generation + 1,
+                length: 0,
+            };
         }
         let file = match &mut writer.file {
             Some(file) => file,
             slot => slot.insert(
-                OpenOptions::new().append(true).create(true).mode(0o600).open(&self.shared.path)?,
+                OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .mode(0o600)
+                    .open(&self.shared.path)?,
             ),
         };
         let bytes = record.encode();
@@ -131,7 +156,12 @@ mod tests {
     use super::*;
 
     fn out(data: &'static [u8], offset: u64) -> Record {
-        Record { kind: RecordKind::Stdout, time_ms: 1, offset, data: data.into() }
+        Record {
+            kind: RecordKind::Stdout,
+            time_ms: 1,
+            offset,
+            data: data.into(),
+        }
     }
 
     async fn read_all(follower: &mut Follower) -> Vec<u8> {

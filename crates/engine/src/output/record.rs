@@ -95,7 +95,12 @@ impl Record {
         if !fill(from, &mut data)? {
             return Ok(None);
         }
-        Ok(Some(Self { kind, time_ms: number(1), offset: number(9), data: data.into() }))
+        Ok(Some(Self {
+            kind,
+            time_ms: number(1),
+            offset: number(9),
+            data: data.into(),
+        }))
     }
 
     pub(super) fn encoded_length(&self) -> u64 {
@@ -124,7 +129,10 @@ pub(super) struct Scanned {
 pub(super) fn scan(file: &mut (impl Read + io::Seek)) -> io::Result<Scanned> {
     file.seek(SeekFrom::Start(0))?;
     let mut reader = BufReader::with_capacity(256 << 10, file);
-    let mut scanned = Scanned { good_length: 0, next_offset: 0 };
+    let mut scanned = Scanned {
+        good_length: 0,
+        next_offset: 0,
+    };
     while let Some(record) = Record::read(&mut reader)? {
         scanned.good_length += record.encoded_length();
         scanned.next_offset = record.next_offset(scanned.next_offset);

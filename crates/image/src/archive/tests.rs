@@ -1,3 +1,5 @@
+//! Archives of every kind, whole, broken and hostile.
+
 use std::path::Path;
 
 use offshoot_model::{ErrorKind, Explain};

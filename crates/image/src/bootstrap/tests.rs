@@ -1,3 +1,5 @@
+//! Bootstraps: what is planned, what is refused, what a failure leaves.
+
 use std::io::Write;
 use std::sync::{Arc, Mutex};
 

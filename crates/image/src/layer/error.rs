@@ -290,7 +290,7 @@ impl Explain for LayerError {
                 vec!["the image itself is at fault: rebuild it, or check where it came from".into()]
             }
             Self::Store { source, .. } if is_full(source) => {
-                vec!["make room with `offshoot prune`, or see `offshoot df`".into()]
+                vec!["make room with `offshoot rm` and `offshoot image rm`".into()]
             }
             Self::TooManyEntries { .. } | Self::TooManyBytes { .. } => {
                 vec!["see what its layers hold with `offshoot image inspect`, and build a smaller one".into()]

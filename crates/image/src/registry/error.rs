@@ -231,7 +231,7 @@ impl Explain for PullError {
             Self::Truncated { .. } | Self::Connection { .. } => {
                 "run `offshoot image pull` again: it goes on where it stopped".into()
             }
-            Self::NoRoom { .. } => "run `offshoot prune`".into(),
+            Self::NoRoom { .. } => "make room with `offshoot rm` and `offshoot image rm`".into(),
             _ => return Vec::new(),
         };
         vec![hint]

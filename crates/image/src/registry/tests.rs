@@ -1,3 +1,5 @@
+//! Pulls from a real registry and from one that misbehaves.
+
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 

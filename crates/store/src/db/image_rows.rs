@@ -21,9 +21,15 @@ fn read(row: &Row<'_>) -> rusqlite::Result<(String, String, i64)> {
 }
 
 fn parse((reference, digest, created_ms): (String, String, i64)) -> Result<ImageRow, DbError> {
-    let digest =
-        digest.parse().map_err(|source| DbError::Row { what: "image", source: Box::new(source) })?;
-    Ok(ImageRow { reference, digest, created_ms: created_ms.unsigned_abs() })
+    let digest = digest.parse().map_err(|source| DbError::Row {
+        what: "image",
+        source: Box::new(source),
+    })?;
+    Ok(ImageRow {
+        reference,
+        digest,
+        created_ms: created_ms.unsigned_abs(),
+    })
 }
 
 impl Db {
@@ -43,7 +49,11 @@ impl Db {
     pub fn image(&self, reference: &str) -> Result<Option<ImageRow>, DbError> {
         let row = self.with("look up an image", |connection| {
             connection
-                .query_row("SELECT reference, digest, created_ms FROM images WHERE reference = ?1", [reference], read)
+                .query_row(
+                    "SELECT reference, digest, created_ms FROM images WHERE reference = ?1",
+                    [reference],
+                    read,
+                )
                 .optional()
         })?;
         row.map(parse).transpose()
@@ -53,7 +63,9 @@ impl Db {
     pub fn images(&self) -> Result<Vec<ImageRow>, DbError> {
         let rows = self.with("list images", |connection| {
             connection
-                .prepare_cached("SELECT reference, digest, created_ms FROM images ORDER BY created_ms DESC, reference")?
+                .prepare_cached(
+                    "SELECT reference, digest, created_ms FROM images ORDER BY created_ms DESC, reference",
+                )?
                 .query_map([], read)?
                 .collect::<Result<Vec<_>, _>>()
         })?;
@@ -81,7 +93,14 @@ mod tests {
         db.put_image("a:1", &two, 6).unwrap();
         db.put_image("b:1", &one, 7).unwrap();
         assert_eq!(db.image("a:1").unwrap().unwrap().digest, two);
-        assert_eq!(db.images().unwrap().iter().map(|i| i.reference.as_str()).collect::<Vec<_>>(), ["b:1", "a:1"]);
+        assert_eq!(
+            db.images()
+                .unwrap()
+                .iter()
+                .map(|i| i.reference.as_str())
+                .collect::<Vec<_>>(),
+            ["b:1", "a:1"]
+        );
         assert!(db.remove_image("a:1").unwrap());
         assert!(!db.remove_image("a:1").unwrap());
         assert_eq!(db.image("a:1").unwrap(), None);

@@ -117,7 +117,9 @@ impl Explain for DbError {
     fn hints(&self) -> Vec<String> {
         match self {
             Self::NameTaken { name } => {
-                vec![format!("choose another name, or remove that VM with `offshoot rm {name}`")]
+                vec![format!(
+                    "choose another name, or remove that VM with `offshoot rm {name}`"
+                )]
             }
             Self::Newer { .. } => vec!["use the newer offshootd, or another --data-dir".into()],
             Self::Statement { source, .. } if is_full(source) => {
@@ -151,31 +153,60 @@ impl Db {
     }
 
     fn open_with(path: &Path, migrations: &[M<'static>]) -> Result<Self, DbError> {
-        let open_error = |source| DbError::Open { path: path.to_owned(), source };
+        let open_error = |source| DbError::Open {
+            path: path.to_owned(),
+            source,
+        };
         // SQLite gives its other files the mode of this one; VMMs pass through the folder and must not read it.
-        let made = OpenOptions::new().append(true).create(true).mode(0o600).open(path);
-        made.map_err(|source| DbError::Create { path: path.to_owned(), source })?;
+        let made = OpenOptions::new()
+            .append(true)
+            .create(true)
+            .mode(0o600)
+            .open(path);
+        made.map_err(|source| DbError::Create {
+            path: path.to_owned(),
+            source,
+        })?;
         let mut connection = Connection::open(path).map_err(open_error)?;
         connection.busy_timeout(BUSY_TIMEOUT).map_err(open_error)?;
-        let version: i64 =
-            connection.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(open_error)?;
+        let version: i64 = connection
+            .pragma_query_value(None, "user_version", |row| row.get(0))
+            .map_err(open_error)?;
         let known = migrations.len() as i64;
         if version > known {
-            return Err(DbError::Newer { path: path.to_owned(), found: version, known });
+            return Err(DbError::Newer {
+                path: path.to_owned(),
+                found: version,
+                known,
+            });
         }
-        for (pragma, value) in [("journal_mode", "WAL"), ("synchronous", "FULL"), ("foreign_keys", "ON")] {
-            connection.pragma_update(None, pragma, value).map_err(open_error)?;
+        for (pragma, value) in [
+            ("journal_mode", "WAL"),
+            ("synchronous", "FULL"),
+            ("foreign_keys", "ON"),
+        ] {
+            connection
+                .pragma_update(None, pragma, value)
+                .map_err(open_error)?;
         }
         if version > 0 && version < known {
             let copy = path.with_extension(format!("db.v{version}"));
             connection
                 .backup("main", &copy, None)
-                .map_err(|source| DbError::BackUp { path: copy.clone(), source })?;
+                .map_err(|source| DbError::BackUp {
+                    path: copy.clone(),
+                    source,
+                })?;
         }
         Migrations::from_slice(migrations)
             .to_latest(&mut connection)
-            .map_err(|source| DbError::Migrate { path: path.to_owned(), source })?;
-        Ok(Self { connection: Arc::new(Mutex::new(connection)) })
+            .map_err(|source| DbError::Migrate {
+                path: path.to_owned(),
+                source,
+            })?;
+        Ok(Self {
+            connection: Arc::new(Mutex::new(connection)),
+        })
     }
 
     /// Runs `work` on a thread that may block, and gives its answer. Once begun it runs to its end, also when the
@@ -185,7 +216,9 @@ impl Db {
         work: impl FnOnce(&Db) -> Result<T, DbError> + Send + 'static,
     ) -> Result<T, DbError> {
         let db = self.clone();
-        tokio::task::spawn_blocking(move || work(&db)).await.map_err(|_| DbError::Closed)?
+        tokio::task::spawn_blocking(move || work(&db))
+            .await
+            .map_err(|_| DbError::Closed)?
     }
 
     /// What SQLite's `integrity_check` says: `ok`, or what is wrong.
@@ -215,8 +248,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         drop(Db::open(dir.path()).unwrap());
         let path = dir.path().join("offshoot.db");
-        Connection::open(&path).unwrap().pragma_update(None, "user_version", 99).unwrap();
-        assert!(matches!(Db::open(dir.path()), Err(DbError::Newer { found: 99, .. })));
+        Connection::open(&path)
+            .unwrap()
+            .pragma_update(None, "user_version", 99)
+            .unwrap();
+        assert!(matches!(
+            Db::open(dir.path()),
+            Err(DbError::Newer { found: 99, .. })
+        ));
     }
 
     #[test]

@@ -72,7 +72,10 @@ fn parse_word<T: DeserializeOwned>(word: &str) -> Result<T, DbError> {
 }
 
 fn unreadable(source: impl std::error::Error + Send + Sync + 'static) -> DbError {
-    DbError::Row { what: "VM", source: Box::new(source) }
+    DbError::Row {
+        what: "VM",
+        source: Box::new(source),
+    }
 }
 
 const COLUMNS: &str = "id, name, state, uid, image_digest, base_id, kernel_id, definition, machine, created_ms, \
@@ -89,7 +92,15 @@ struct RawVm {
 
 fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
     Ok(RawVm {
-        texts: [row.get(0)?, row.get(1)?, row.get(2)?, row.get(4)?, row.get(5)?, row.get(6)?, row.get(7)?],
+        texts: [
+            row.get(0)?,
+            row.get(1)?,
+            row.get(2)?,
+            row.get(4)?,
+            row.get(5)?,
+            row.get(6)?,
+            row.get(7)?,
+        ],
         uid: row.get(3)?,
         machine: row.get(8)?,
         times: (row.get(9)?, row.get(10)?, row.get(11)?),
@@ -100,7 +111,10 @@ fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
 fn parse(raw: RawVm, failure: &str) -> Result<VmRow, DbError> {
     let [id, name, state, image_digest, base_id, kernel_id, definition] = raw.texts;
     let exit = match raw.exit {
-        (Some(code), Some(reason)) => Some(ExitStatus { code, reason: parse_word::<ExitReason>(&reason)? }),
+        (Some(code), Some(reason)) => Some(ExitStatus {
+            code,
+            reason: parse_word::<ExitReason>(&reason)?,
+        }),
         _ => None,
     };
     Ok(VmRow {
@@ -151,7 +165,9 @@ impl Db {
         });
         match result {
             Err(DbError::Statement { source, .. }) if source.to_string().contains("vms.name") => {
-                Err(DbError::NameTaken { name: row.name.to_string() })
+                Err(DbError::NameTaken {
+                    name: row.name.to_string(),
+                })
             }
             other => other.map(|_| ()),
         }
@@ -182,11 +198,16 @@ impl Db {
     /// Gives a VM another name; a taken one is [`DbError::NameTaken`].
     pub fn rename_vm(&self, id: &VmId, name: &VmName) -> Result<(), DbError> {
         let result = self.with("rename a VM", |connection| {
-            connection.execute("UPDATE vms SET name = ?2 WHERE id = ?1", [id.as_str(), name.as_str()])
+            connection.execute(
+                "UPDATE vms SET name = ?2 WHERE id = ?1",
+                [id.as_str(), name.as_str()],
+            )
         });
         match result {
             Err(DbError::Statement { source, .. }) if source.to_string().contains("vms.name") => {
-                Err(DbError::NameTaken { name: name.to_string() })
+                Err(DbError::NameTaken {
+                    name: name.to_string(),
+                })
             }
             other => other.map(|_| ()),
         }
@@ -200,7 +221,9 @@ impl Db {
                 .query_map([], |row| Ok((read(row)?, row.get::<_, String>(14)?)))?
                 .collect::<Result<Vec<_>, _>>()
         })?;
-        rows.into_iter().map(|(raw, failure)| parse(raw, &failure)).collect()
+        rows.into_iter()
+            .map(|(raw, failure)| parse(raw, &failure))
+            .collect()
     }
 
     /// Forgets a VM and its stages; whether there was one.
@@ -231,7 +254,10 @@ impl Db {
     pub fn put_stages(&self, id: &VmId, operation: &str, stages: &[StageTiming]) -> Result<(), DbError> {
         self.with("write stages", |connection| {
             let transaction = connection.transaction()?;
-            transaction.execute("DELETE FROM stages WHERE vm_id = ?1 AND operation = ?2", [id.as_str(), operation])?;
+            transaction.execute(
+                "DELETE FROM stages WHERE vm_id = ?1 AND operation = ?2",
+                [id.as_str(), operation],
+            )?;
             for (seq, stage) in stages.iter().enumerate() {
                 transaction
                     .prepare_cached("INSERT INTO stages VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?
@@ -312,7 +338,10 @@ mod tests {
             machine: Some("{\"pid\":1}".into()),
             started_ms: Some(5),
             finished_ms: Some(6),
-            exit: Some(ExitStatus { code: 7, reason: ExitReason::MainExited }),
+            exit: Some(ExitStatus {
+                code: 7,
+                reason: ExitReason::MainExited,
+            }),
             failure: vec!["a".into(), "b".into()],
         };
         db.update_vm_run(&one.id, &update).unwrap();
@@ -328,7 +357,10 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
         db.insert_vm(&row(1, "web")).unwrap();
-        assert!(matches!(db.insert_vm(&row(2, "WEB")), Err(DbError::NameTaken { .. })));
+        assert!(matches!(
+            db.insert_vm(&row(2, "WEB")),
+            Err(DbError::NameTaken { .. })
+        ));
         db.insert_vm(&row(3, "other")).unwrap();
         let taken = db.rename_vm(&row(3, "x").id, &"Web".parse().unwrap());
         assert!(matches!(taken, Err(DbError::NameTaken { .. })));

@@ -1,0 +1,124 @@
+//! A bare QEMU: the arguments that a VM of ours was started with, and nothing of ours in the guest.
+
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::daemon::{Daemon, IMAGE};
+
+/// How to start it.
+pub(crate) struct Bare {
+    program: String,
+    arguments: Vec<String>,
+    seed: PathBuf,
+    overlay: PathBuf,
+}
+
+impl Bare {
+    /// Takes the command line of a VM that runs, points it at copies of its own, and swaps the init.
+    pub(crate) fn like_a_vm_of(daemon: &Daemon, init: &Path) -> Result<Self> {
+        daemon.ok(&["run", "-d", "--name", "model", IMAGE, "sleep", "1000"])?;
+        let details = daemon.inspect("model")?;
+        let pid = details["pid"].as_i64().context("no pid")?;
+        let bytes = std::fs::read(format!("/proc/{pid}/cmdline"))?;
+        daemon.ok(&["rm", "-f", "model"])?;
+        let words: Vec<String> = bytes
+            .split(|b| *b == 0)
+            .filter(|w| !w.is_empty())
+            .map(|w| String::from_utf8_lossy(w).into_owned())
+            .collect();
+        let (program, rest) = words.split_first().context("an empty command line")?;
+
+        let scratch = daemon.scratch();
+        let overlay = scratch.join("bare-overlay.ext4");
+        let seed = first_below(&daemon.data().join("bases"))?.join("overlay-seed.ext4");
+        let initramfs = scratch.join("bare-initramfs");
+        let mut arguments: Vec<String> = Vec::new();
+        for word in rest {
+            let word = if word.ends_with("/initramfs") {
+                with_init(Path::new(word), init, &initramfs)?;
+                initramfs.display().to_string()
+            } else if word.starts_with("socket,id=") {
+                format!("null,{}", word.split(',').nth(1).unwrap_or_default())
+            } else if word.starts_with("ringbuf,id=console") {
+                "stdio,id=console,signal=off".to_owned()
+            } else if let (Some(at), true) = (word.find("file.filename="), word.contains("/overlay.ext4")) {
+                let tail = &word[at..];
+                let options = tail.find(',').map_or("", |comma| &tail[comma..]);
+                format!("{}file.filename={}{options}", &word[..at], overlay.display())
+            } else {
+                word.clone()
+            };
+            arguments.push(word);
+        }
+        Ok(Self {
+            program: program.clone(),
+            arguments,
+            seed,
+            overlay,
+        })
+    }
+
+    /// Boots, runs `true`, ends. Gives the time from the start of QEMU until its process is gone.
+    pub(crate) fn run(&self) -> Result<Duration> {
+        let _ = std::fs::remove_file(&self.overlay);
+        let copied = Command::new("cp")
+            .arg("--sparse=always")
+            .arg(&self.seed)
+            .arg(&self.overlay)
+            .status()?;
+        if !copied.success() {
+            bail!("cp");
+        }
+        let began = Instant::now();
+        let mut child = Command::new(&self.program)
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::inherit())
+            .spawn()
+            .context("cannot start QEMU")?;
+        let output = child.stdout.take().context("a pipe")?;
+        let mut said = String::new();
+        let mut done = false;
+        for line in BufReader::new(output).lines() {
+            let line = line.unwrap_or_default();
+            if line.contains("done exit status: 0") {
+                done = true;
+                break;
+            }
+            said.push_str(&line);
+            said.push('\n');
+        }
+        child.kill()?;
+        child.wait()?;
+        let wall = began.elapsed();
+        if !done {
+            bail!("the bare guest did not get there:\n{said}");
+        }
+        Ok(wall)
+    }
+}
+
+fn first_below(folder: &Path) -> Result<PathBuf> {
+    let entry = std::fs::read_dir(folder)?.next().context("an empty folder")?;
+    Ok(entry?.path())
+}
+
+/// Archives may follow one another: a second `/init` takes the place of the first (Linux,
+/// Documentation/driver-api/early-userspace/buffer-format.rst).
+fn with_init(initramfs: &Path, init: &Path, into: &Path) -> Result<()> {
+    let mut bytes = std::fs::read(initramfs)?;
+    bytes.resize(bytes.len().next_multiple_of(4), 0);
+    let program = std::fs::read(init).with_context(|| format!("cannot read {}", init.display()))?;
+    let entry = cpio::newc::Builder::new("init").mode(0o100_755).ino(1).nlink(1);
+    let mut writer = entry.write(&mut bytes, u32::try_from(program.len())?);
+    writer.write_all(&program)?;
+    writer.finish()?;
+    cpio::newc::trailer(&mut bytes)?;
+    std::fs::write(into, bytes)?;
+    Ok(())
+}
