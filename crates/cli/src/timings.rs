@@ -7,9 +7,15 @@ use crate::output::table;
 /// How many characters stand for the longest operation.
 const WIDTH: u64 = 40;
 
+/// Hooks that have nothing to do in this VM take less; rows of them would hide the others.
+const TOO_SHORT_US: u64 = 50;
+
 /// One row per stage; the bars of one operation share one scale.
 pub(crate) fn draw(timings: &[StageTiming]) -> String {
-    let rows = timings.iter().map(|timing| {
+    let shown =
+        |timing: &&StageTiming| timing.outcome != StageOutcome::Done || timing.duration_us >= TOO_SHORT_US;
+    let hidden = timings.iter().filter(|timing| !shown(timing)).count();
+    let rows = timings.iter().filter(shown).map(|timing| {
         let ends = timings
             .iter()
             .filter(|t| t.operation == timing.operation)
@@ -28,7 +34,11 @@ pub(crate) fn draw(timings: &[StageTiming]) -> String {
             bar(timing, total),
         ]
     });
-    table(&["OPERATION", "STAGE", "START", "TIME", ""], rows)
+    let mut drawn = table(&["OPERATION", "STAGE", "START", "TIME", ""], rows);
+    if hidden > 0 {
+        drawn.push_str(&format!("and {hidden} under 0.05 ms\n"));
+    }
+    drawn
 }
 
 fn end(timing: &StageTiming) -> u64 {
@@ -74,10 +84,10 @@ mod tests {
         insta::assert_snapshot!(draw(&timings), @r#"
         OPERATION   STAGE           START      TIME
         create      root.prepare    0.0ms      1.0ms             ████████████████████████████████████████
-        start       root.plan       0.0ms      0.0ms             █
         start       vmm.launch      0.0ms      499.9ms           ██████████
         start       agent.connect   500.0ms    1500.0ms failed             ██████████████████████████████
         start       vmm.launch      2000.0ms   0.0ms undone                                             █
+        and 1 under 0.05 ms
         "#);
         assert_eq!(draw(&[]), "OPERATION   STAGE   START   TIME\n");
     }

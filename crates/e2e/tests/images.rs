@@ -173,3 +173,45 @@ fn an_image_in_use_stays_and_one_that_nothing_needs_goes() {
     assert_eq!(names(&daemon.data().join("blobs/sha256")), [""; 0]);
     daemon.finish();
 }
+
+#[test]
+fn the_user_s_own_kernel_boots() {
+    let daemon = Daemon::start();
+    // Debian's package, unpacked by hand, stands for a kernel of the user's own: a bzImage and a folder of modules.
+    let dir = tempfile::tempdir().unwrap();
+    let kernels: serde_json::Value =
+        serde_json::from_str(&daemon.ok(["kernel", "ls", "--output", "json"])).unwrap();
+    let release = kernels[0]["release"].as_str().unwrap();
+    let script = format!(
+        "cd {} && apt-get -o APT::Sandbox::User=root download -qq linux-image-{release} && dpkg-deb -x *.deb tree",
+        dir.path().display()
+    );
+    let output = Command::new("sh").args(["-ec", &script]).output().unwrap();
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let tree = dir.path().join("tree");
+    // Debian 13 keeps modules under /usr.
+    let modules = [tree.join("usr/lib/modules"), tree.join("lib/modules")]
+        .into_iter()
+        .find(|path| path.exists())
+        .unwrap();
+    let id = daemon.ok([
+        "kernel",
+        "add",
+        "--vmlinux",
+        tree.join(format!("boot/vmlinuz-{release}")).to_str().unwrap(),
+        "--modules",
+        modules.join(release).to_str().unwrap(),
+    ]);
+    let table = daemon.ok(["kernel", "ls"]);
+    let chosen = table.lines().find(|line| line.ends_with('*')).unwrap();
+    assert!(chosen.starts_with(&id), "{id} is not the default: {table}");
+    assert_eq!(daemon.ok(["run", "--rm", IMAGE, "uname", "-r"]), release);
+    let missing = daemon
+        .cli(["kernel", "add", "--vmlinux", "/no/such/kernel"])
+        .fails(1);
+    assert!(
+        missing.contains("/no/such/kernel") && missing.contains("hint: "),
+        "{missing}"
+    );
+    daemon.finish();
+}

@@ -212,3 +212,33 @@ fn a_guest_or_a_vmm_that_ends_by_itself_is_noticed() {
     assert_eq!(daemon.ok(["exec", "a", "echo", "back"]), "back");
     daemon.finish();
 }
+
+#[test]
+fn nothing_is_open_to_those_whom_it_does_not_concern() {
+    use std::os::unix::fs::MetadataExt as _;
+    let daemon = Daemon::start();
+    daemon.ok(["run", "-d", "--name", "closed", IMAGE, "sleep", "1000"]);
+    let mode = |path: &std::path::Path| std::fs::metadata(path).unwrap().mode() & 0o777;
+    assert_eq!(mode(&daemon.socket()), 0o660);
+    assert_eq!(mode(&daemon.data()), 0o710);
+    assert_eq!(mode(&daemon.data().join("offshoot.db")), 0o600);
+    assert_eq!(mode(&daemon.data().join("blobs")), 0o700);
+    let details = daemon.inspect("closed");
+    let overlay = std::path::Path::new(details["directory"].as_str().unwrap()).join("overlay.ext4");
+    assert_eq!(mode(&overlay), 0o600);
+
+    // The VMM is a user of its own, without capabilities, that can gain none, behind a seccomp filter.
+    let status = std::fs::read_to_string(format!("/proc/{}/status", details["pid"])).unwrap();
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name)).unwrap();
+        line.split_whitespace().nth(1).unwrap().to_owned()
+    };
+    let uid: u32 = field("Uid:").parse().unwrap();
+    assert!(uid >= 1_900_000_001, "{uid}");
+    assert_eq!(uid, std::fs::metadata(&overlay).unwrap().uid());
+    assert_eq!(field("CapEff:"), "0000000000000000");
+    assert_eq!(field("CapBnd:"), "0000000000000000");
+    assert_eq!(field("NoNewPrivs:"), "1");
+    assert_eq!(field("Seccomp:"), "2");
+    daemon.finish();
+}

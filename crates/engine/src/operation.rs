@@ -1,7 +1,7 @@
 //! Hooks as timed stages of one operation.
 
 use std::future::Future;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use offshoot_model::{StageOutcome, StageTiming};
 
@@ -59,12 +59,25 @@ impl Stages {
         result
     }
 
-    /// Adds a step that was timed elsewhere, inside the guest: it has a length and no place of its own.
-    pub fn note(&mut self, name: &str, duration: std::time::Duration) {
+    /// Adds steps that were timed inside the guest, one after another from the start of `stage` on.
+    pub fn note_within(&mut self, stage: &str, steps: Vec<(String, Duration)>) {
+        let mut start_us = self
+            .timings
+            .iter()
+            .find(|t| t.stage == stage)
+            .map_or(0, |t| t.start_us);
+        for (name, duration) in steps {
+            self.note(&name, start_us, duration);
+            start_us = start_us.saturating_add(micros(duration));
+        }
+    }
+
+    /// Adds a step that was timed elsewhere and began `start_us` after the operation.
+    pub fn note(&mut self, name: &str, start_us: u64, duration: Duration) {
         self.timings.push(StageTiming {
             operation: self.operation.to_owned(),
             stage: name.to_owned(),
-            start_us: 0,
+            start_us,
             duration_us: micros(duration),
             outcome: StageOutcome::Done,
         });
@@ -85,13 +98,28 @@ impl Stages {
     }
 }
 
-fn micros(duration: std::time::Duration) -> u64 {
+fn micros(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn steps_of_the_guest_lie_within_their_stage() {
+        let mut stages = Stages::begin("start");
+        stages
+            .stage("a", async { Ok::<_, ()>(tokio::task::yield_now().await) })
+            .await
+            .unwrap();
+        stages.stage("b", async { Ok::<_, ()>(()) }).await.unwrap();
+        let step = |name: &str| (name.to_owned(), Duration::from_micros(7));
+        stages.note_within("b", vec![step("x"), step("y")]);
+        let timings = stages.into_timings();
+        assert_eq!(timings[2].start_us, timings[1].start_us);
+        assert_eq!(timings[3].start_us, timings[2].start_us + 7);
+    }
 
     #[tokio::test]
     async fn a_failure_marks_what_was_done_before_it() {

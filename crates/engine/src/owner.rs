@@ -407,9 +407,11 @@ impl Owner {
                 )
                 .await?;
             }
-            for (name, duration) in run.guest_stages() {
-                stages.note(&format!("guest.{name}"), duration);
-            }
+            let steps = run
+                .guest_stages()
+                .into_iter()
+                .map(|(name, time)| (format!("guest.{name}"), time));
+            stages.note_within("agent.after_boot", steps.collect());
             Ok(())
         }
         .await;
@@ -494,7 +496,7 @@ impl Owner {
         run.set_ending(ending);
         let mut stages = Stages::begin("stop");
         if let (Some(since), Some(_)) = (self.running_since.take(), main_exit_before) {
-            stages.note("guest.main", since.elapsed());
+            stages.note("guest.main", 0, since.elapsed());
         }
         let vmm_died = reason == ExitReason::VmmDied;
         self.stop_all(&mut stages, &run, self.parts.capabilities.len())
