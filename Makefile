@@ -17,7 +17,7 @@ agent: ## Build the guest agent (static)
 	RUSTFLAGS='-C target-feature=+crt-static' cargo build --locked --profile agent -p offshoot-agent --target $(TARGET)
 
 build: agent ## Build offshootd, offshoot and the agent
-	cargo build --locked --profile $(PROFILE) -p offshoot-daemon -p offshoot-cli
+	cargo build --locked --profile $(PROFILE) --workspace --bin offshootd --bin offshoot
 	@ln -sf ../$(TARGET)/agent/offshoot-agent $(BIN)/offshoot-agent
 
 demo: install-deps build ## Run the main job from nothing: an image, four VMs, timings, disk

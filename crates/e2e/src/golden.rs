@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::{IMAGE, bin_dir, wait_until};
 
@@ -27,6 +27,16 @@ pub(crate) fn link_into(data: &Path) {
     std::fs::copy(golden.join("offshoot.db"), data.join("offshoot.db")).expect("the database");
 }
 
+/// The daemon that makes it; ended also when making it fails.
+struct Making(Child);
+
+impl Drop for Making {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// Makes the golden directory unless it is there. One process makes it, others wait.
 fn ensure(golden: &Path) {
     let parent = golden.parent().expect("target/e2e");
@@ -40,7 +50,7 @@ fn ensure(golden: &Path) {
     let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).expect("a folder");
     std::fs::set_permissions(&root, PermissionsExt::from_mode(0o711)).expect("chmod");
-    let mut daemon = crate::spawn(&root);
+    let mut daemon = Making(crate::spawn(&root));
     let socket = root.join("run/api.sock");
     let offshoot = |arguments: &[&str]| {
         let mut command = Command::new(bin_dir().join("offshoot"));
@@ -63,9 +73,9 @@ fn ensure(golden: &Path) {
             std::fs::read_to_string(root.join("daemon.log")).unwrap_or_default()
         );
     }
-    let pid = rustix::process::Pid::from_child(&daemon);
+    let pid = rustix::process::Pid::from_child(&daemon.0);
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
-    daemon.wait().expect("the daemon ends");
+    daemon.0.wait().expect("the daemon ends");
     // Everything is in the database file itself once its last user closed it.
     assert!(
         !root.join("data/offshoot.db-wal").exists(),

@@ -238,6 +238,13 @@ impl Drop for Daemon {
 }
 
 fn spawn(root: &Path) -> Child {
+    let config = root.join("config.toml");
+    // Tests of the agent itself leave one beside the daemon that is not static.
+    let agent = bin_dir()
+        .parent()
+        .expect("target")
+        .join("x86_64-unknown-linux-gnu/agent/offshoot-agent");
+    std::fs::write(&config, format!("agent = {:?}\n", agent.display().to_string())).expect("the config");
     let log = File::options()
         .create(true)
         .append(true)
@@ -250,11 +257,14 @@ fn spawn(root: &Path) -> Child {
         .arg(root.join("run"))
         .arg("--socket")
         .arg(root.join("run/api.sock"))
+        .arg("--config")
+        .arg(config)
         .env(
             "OFFSHOOT_LOG",
             "info,offshoot_engine=debug,offshoot_vmm=debug,offshootd=debug",
         )
         .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .stderr(log)
         .spawn()
         .expect("offshootd starts; run `make test`, which builds it")
