@@ -122,6 +122,7 @@ async fn add(client: &Client, args: AddArgs) -> Result<u8, Failure> {
 fn check_readable(vmlinux: &Path, modules: Option<&Path>) -> Result<(), Failure> {
     let cannot = |what: &str, path: &Path, e: &io::Error| {
         Failure::io(format!("cannot read the {what} `{}`", path.display()), e)
+            .hint("name a file that exists; see `offshoot kernel add --help`")
     };
     let kernel = File::open(vmlinux)
         .and_then(|file| file.metadata())

@@ -237,7 +237,8 @@ fn nothing_is_open_to_those_whom_it_does_not_concern() {
     assert!(uid >= 1_900_000_001, "{uid}");
     assert_eq!(uid, std::fs::metadata(&overlay).unwrap().uid());
     assert_eq!(field("CapEff:"), "0000000000000000");
-    assert_eq!(field("CapBnd:"), "0000000000000000");
+    assert_eq!(field("CapPrm:"), "0000000000000000");
+    assert_eq!(field("CapInh:"), "0000000000000000");
     assert_eq!(field("NoNewPrivs:"), "1");
     assert_eq!(field("Seccomp:"), "2");
     daemon.finish();
