@@ -18,6 +18,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use bytes::BytesMut;
 use offshoot_agent_proto::client::{AgentClient, MainStart, OutputStream, ProcessEvent, ProcessEvents};
+use offshoot_agent_proto::limits::MAX_CHUNK;
 use offshoot_agent_proto::v1;
 use offshoot_agent_proto::v1::configure_request::Root;
 use tokio::io::AsyncReadExt;
@@ -88,8 +89,9 @@ async fn run(words: &[&str]) -> Outcome<i32> {
             let input = session.input;
             tokio::spawn(async move {
                 let mut stdin = tokio::io::stdin();
-                let mut buffer = BytesMut::new();
+                let mut buffer = BytesMut::with_capacity(MAX_CHUNK);
                 while let Ok(1..) = stdin.read_buf(&mut buffer).await {
+                    buffer.reserve(MAX_CHUNK);
                     if !input.stdin(buffer.split().freeze()).await {
                         return;
                     }

@@ -38,11 +38,10 @@ impl Fd {
         loop {
             let mut guard = ready!(self.inner.poll_read_ready(cx))?;
             let closed = guard.ready().is_read_closed();
-            // SAFETY: nothing is written into the buffer but by the kernel, which initialises what it says it did.
             let read = guard.try_io(|fd| {
-                Ok(rustix::io::read(fd.get_ref(), unsafe { out.unfilled_mut() })?
-                    .0
-                    .len())
+                // SAFETY: nothing is written into the buffer but by the kernel, which initialises what it says it did.
+                let room = unsafe { out.unfilled_mut() };
+                Ok(rustix::io::read(fd.get_ref(), room)?.0.len())
             });
             match read {
                 Ok(Ok(count)) => {

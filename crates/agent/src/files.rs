@@ -106,6 +106,18 @@ fn status(what: &str, path: &Path, error: &io::Error) -> Status {
     }
 }
 
+/// An error with its causes: the tar crate says only where it was.
+fn chain(error: &io::Error) -> String {
+    let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
+    let mut text = error.to_string();
+    for cause in causes.map(ToString::to_string).filter(|cause| !cause.is_empty()) {
+        if !text.ends_with(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
+}
+
 /// Unpacks a tar stream below an existing folder; returns how many entries it had.
 pub(crate) fn unpack(directory: &str, source: impl Read) -> Result<u64, Status> {
     let directory = absolute(directory)?;
@@ -114,10 +126,16 @@ pub(crate) fn unpack(directory: &str, source: impl Read) -> Result<u64, Status> 
         return Err(status("open", directory, &io::ErrorKind::NotADirectory.into()));
     }
     let failed = |error: io::Error| match error.kind() {
-        // The tar crate's own errors have no code; the host's stream broke with this one.
+        // Only a broken stream from the host has this kind.
         io::ErrorKind::ConnectionAborted => Status::cancelled("the tar stream ended early"),
-        io::ErrorKind::StorageFull => Status::resource_exhausted(format!("the VM's disk is full: {error}")),
-        _ => Status::internal(format!("cannot unpack into {}: {error}", directory.display())),
+        io::ErrorKind::StorageFull => {
+            Status::resource_exhausted(format!("the VM's disk is full: {}", chain(&error)))
+        }
+        _ => Status::internal(format!(
+            "cannot unpack into {}: {}",
+            directory.display(),
+            chain(&error)
+        )),
     };
     let mut archive = tar::Archive::new(source);
     archive.set_preserve_permissions(true);

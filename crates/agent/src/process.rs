@@ -298,11 +298,12 @@ mod tests {
 
         async fn gone(&self) {
             if !self.gone {
-                pending().await
+                pending::<()>().await;
             }
         }
     }
 
+    #[expect(clippy::print_stderr, reason = "a test that cannot run says so")]
     fn root() -> bool {
         let root = rustix::process::getuid().is_root();
         if !root {

@@ -29,7 +29,7 @@ impl Sink for LogSink {
 
     async fn gone(&self) {
         // Somebody may always come back.
-        pending().await
+        pending::<()>().await;
     }
 }
 

@@ -308,6 +308,7 @@ fn become_identity(command: &mut Command, identity: Identity, tty: bool) {
         ) {
             let _ = rustix::io::write(&file, b"0");
         }
+        unblock_signals();
         rustix::process::setsid()?;
         if tty {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
@@ -323,6 +324,16 @@ fn become_identity(command: &mut Command, identity: Identity, tty: bool) {
     // SAFETY: the closure makes system calls only; it allocates nothing and takes no lock. The descriptor it opens is
     // closed again.
     unsafe { command.pre_exec(child) };
+}
+
+/// Lets every signal through, whatever the agent's own threads block: std leaves that as it is.
+fn unblock_signals() {
+    // SAFETY: an all-zero sigset_t is a valid place for sigemptyset to fill, and lives through the calls.
+    unsafe {
+        let mut none: libc::sigset_t = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+    }
 }
 
 /// Whether the image has an init that can be executed, and why not.

@@ -63,7 +63,6 @@ struct Supervisor {
 }
 
 fn start() -> io::Result<Supervisor> {
-    let signals = signal_fd()?;
     let (orders, agents) = socketpair(
         AddressFamily::UNIX,
         SocketType::SEQPACKET,
@@ -76,6 +75,8 @@ fn start() -> io::Result<Supervisor> {
         .stdin(Stdio::from(agents))
         .spawn()?;
     let agent = Pid::from_child(&child);
+    // Not before: children inherit what is blocked.
+    let signals = signal_fd()?;
     Ok(Supervisor {
         signals,
         orders,
@@ -83,17 +84,34 @@ fn start() -> io::Result<Supervisor> {
     })
 }
 
-/// Blocks every signal that PID 1 listens to and makes a descriptor of them.
-fn signal_fd() -> io::Result<OwnedFd> {
-    use std::os::fd::FromRawFd;
-    // SAFETY: an all-zero sigset_t is a valid place for sigemptyset to fill; the descriptor is new and ours.
+/// The signals that PID 1 listens to.
+fn end_signals() -> libc::sigset_t {
+    // SAFETY: an all-zero sigset_t is a valid place for sigemptyset to fill.
     unsafe {
         let mut set: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut set);
         for signal in END_SIGNALS.into_iter().chain([libc::SIGCHLD]) {
             libc::sigaddset(&raw mut set, signal);
         }
-        libc::sigprocmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+        set
+    }
+}
+
+/// Blocks the signals that PID 1 listens to, or lets them through. A program that is executed inherits this.
+fn block_signals(block: bool) {
+    let how = if block { libc::SIG_BLOCK } else { libc::SIG_UNBLOCK };
+    let set = end_signals();
+    // SAFETY: the set lives through the call. It cannot fail for these arguments.
+    unsafe { libc::sigprocmask(how, &raw const set, std::ptr::null_mut()) };
+}
+
+/// Blocks every signal that PID 1 listens to and makes a descriptor of them.
+fn signal_fd() -> io::Result<OwnedFd> {
+    use std::os::fd::FromRawFd;
+    let set = end_signals();
+    block_signals(true);
+    // SAFETY: the set lives through the call; the descriptor is new and ours.
+    unsafe {
         let fd = libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK);
         if fd < 0 {
             Err(io::Error::last_os_error())
@@ -105,6 +123,8 @@ fn signal_fd() -> io::Result<OwnedFd> {
 
 impl Supervisor {
     fn supervise(&mut self) -> ! {
+        // What ended before its signal was listened to.
+        self.reap();
         loop {
             let mut ready = [
                 PollFd::new(&self.signals, PollFlags::IN),
@@ -207,6 +227,8 @@ fn execute_init() -> io::Error {
     if let (Ok(input), Ok(output), Ok(error)) = (console(), console(), console()) {
         command.stdin(input).stdout(output).stderr(error);
     }
-    // std empties the signal mask on its way.
-    command.exec()
+    block_signals(false);
+    let error = command.exec();
+    block_signals(true);
+    error
 }

@@ -32,22 +32,33 @@ impl<'a> Encoder<'a> {
 
     /// Appends bytes of the payload.
     pub(super) fn push(&mut self, mut data: &[u8]) {
-        while !data.is_empty() {
+        while let Some(first) = data.first() {
             if self.run == MAX_RUN {
                 self.close_run(MAX_RUN + 1);
             }
-            let window = &data[..data.len().min(MAX_RUN - self.run)];
-            if let Some(zero) = memchr::memchr(0, window) {
-                self.out.extend_from_slice(&window[..zero]);
-                let code = self.run + zero + 1;
-                self.close_run(code);
-                data = &data[zero + 1..];
-            } else {
-                self.out.extend_from_slice(window);
-                self.run += window.len();
-                data = &data[window.len()..];
+            if *first == 0 {
+                self.close_run(self.run + 1);
+                data = self.push_zeros(&data[1..]);
+                continue;
             }
+            let window = &data[..data.len().min(MAX_RUN - self.run)];
+            let length = find_zero(window).unwrap_or(window.len());
+            self.out.extend_from_slice(&window[..length]);
+            self.run += length;
+            data = &data[length..];
         }
+    }
+
+    /// Appends the zeros that `data` begins with, which is what tars, disks and memory are full of: after a zero each
+    /// is an empty run.
+    fn push_zeros<'d>(&mut self, data: &'d [u8]) -> &'d [u8] {
+        let zeros = data.iter().take_while(|byte| **byte == 0).count();
+        if zeros > 0 {
+            self.out[self.code_at] = 1;
+            self.out.resize(self.out.len() + zeros, 1);
+            self.code_at = self.out.len() - 1;
+        }
+        &data[zeros..]
     }
 
     /// Ends the frame with its delimiter.
@@ -57,12 +68,26 @@ impl<'a> Encoder<'a> {
     }
 }
 
+/// The first zero. Runs in binary data are mostly short, and then calling a search costs more than the search.
+fn find_zero(window: &[u8]) -> Option<usize> {
+    const SHORT: usize = 8;
+    let (near, far) = window.split_at(window.len().min(SHORT));
+    near.iter()
+        .position(|byte| *byte == 0)
+        .or_else(|| memchr::memchr(0, far).map(|at| at + near.len()))
+}
+
 /// Undoes the stuffing of one frame without its delimiter; returns the payload's length, or nothing for bytes that
 /// no encoder made.
 pub(super) fn decode_in_place(frame: &mut [u8]) -> Option<usize> {
     let (mut from, mut to) = (0, 0);
     while from < frame.len() {
         let code = usize::from(frame[from]);
+        if code == 1 && from + 1 < frame.len() {
+            frame[to] = 0;
+            (from, to) = (from + 1, to + 1);
+            continue;
+        }
         let end = from + code;
         if code == 0 || end > frame.len() {
             return None;
@@ -92,6 +117,20 @@ mod tests {
         }
         encoder.finish();
         out
+    }
+
+    #[test]
+    fn zeros_are_empty_runs() {
+        for length in [1_usize, 2, 253, 254, 255, 300, 5000] {
+            for lead in [0_usize, 1, 253, 254, 255] {
+                let data = [vec![9; lead], vec![0; length], vec![9], vec![0; length]].concat();
+                assert_eq!(
+                    cobs::decode_vec(&encode(&[&data])).unwrap(),
+                    data,
+                    "{lead} {length}"
+                );
+            }
+        }
     }
 
     #[test]
