@@ -140,6 +140,10 @@ impl Pump {
 }
 
 fn spawn_pump(run: &Run) {
+    if run.vm.definition.process.is_none() {
+        // The image's own init has no output of ours: what it says is on the console.
+        return;
+    }
     let pump = Pump {
         agent: run.agent_slot(),
         output: run.output.clone(),
