@@ -7,5 +7,6 @@ pub mod lock;
 pub mod process;
 pub mod random;
 pub mod signal;
+pub mod smaps;
 pub mod space;
 pub mod tsc;
