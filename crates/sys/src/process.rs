@@ -10,6 +10,7 @@
 //!
 //! Starting one is in `process/detached.rs`. For short commands whose output is wanted, use `tokio::process` instead.
 
+mod bound_folder;
 mod detached;
 
 use std::fs::File;
@@ -23,6 +24,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
+pub use bound_folder::BoundFolder;
 pub use detached::{
     DetachedCommand, Identity, InheritedFd, ResourceLimit, SpawnError, inherited_fd, share_fd, spawn_detached,
 };
@@ -63,6 +65,7 @@ impl ProcessIdentity {
 
 struct Stat {
     state: u8,
+    session: u32,
     start_ticks: u64,
 }
 
@@ -72,15 +75,20 @@ impl Stat {
     }
 }
 
-/// Fields 3 and 22 of a stat line. Field 2, the name in parentheses, may itself hold spaces and parentheses.
+/// Fields 3, 6 and 22 of a stat line. Field 2, the name in parentheses, may itself hold spaces and parentheses.
 fn parse_stat(text: &[u8]) -> Option<Stat> {
     let end_of_name = text.iter().rposition(|b| *b == b')')?;
     let rest = std::str::from_utf8(&text[end_of_name + 1..]).ok()?;
     let mut fields = rest.split_ascii_whitespace();
     let state = *fields.next()?.as_bytes().first()?;
-    // Field 22 is the 19th after field 3.
-    let start_ticks = fields.nth(18)?.parse().ok()?;
-    Some(Stat { state, start_ticks })
+    // The third after field 3, and the 16th after that.
+    let session = fields.nth(2)?.parse().ok()?;
+    let start_ticks = fields.nth(15)?.parse().ok()?;
+    Some(Stat {
+        state,
+        session,
+        start_ticks,
+    })
 }
 
 fn read_stat(pid: u32) -> io::Result<Option<Stat>> {
@@ -94,6 +102,34 @@ fn read_stat(pid: u32) -> io::Result<Option<Stat>> {
         Err(e) if e.kind() == io::ErrorKind::NotFound || is_errno(&e, libc::ESRCH) => Ok(None),
         Err(e) => Err(e),
     }
+}
+
+/// The other processes in the session of `leader`, which started it: its children, and theirs. Zombies excepted.
+///
+/// Nobody else when the leader is gone: its number may lead another session by then.
+pub fn session_members(leader: &ProcessIdentity) -> io::Result<Vec<ProcessIdentity>> {
+    let mut members = Vec::new();
+    for entry in std::fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        if pid == leader.pid {
+            continue;
+        }
+        match read_stat(pid)? {
+            Some(stat) if stat.session == leader.pid && !stat.is_dead() => members.push(ProcessIdentity {
+                pid,
+                start_ticks: stat.start_ticks,
+                boot_id: boot_id()?.to_owned(),
+            }),
+            _ => {}
+        }
+    }
+    if !leader.is_alive() {
+        members.clear();
+    }
+    Ok(members)
 }
 
 fn boot_id() -> io::Result<&'static str> {
@@ -266,7 +302,11 @@ mod tests {
         let fields = (4..22).map(|n| n.to_string()).collect::<Vec<_>>().join(" ");
         for name in ["sh", "a b", ") R 1 (", "((", "é"] {
             let stat = parse_stat(format!("17 ({name}) S {fields} 4711 23").as_bytes()).unwrap();
-            assert_eq!((stat.state, stat.start_ticks), (b'S', 4711), "{name}");
+            assert_eq!(
+                (stat.state, stat.session, stat.start_ticks),
+                (b'S', 6, 4711),
+                "{name}"
+            );
         }
         for bad in ["", "17 (sh", "17 (sh) S 1 2", "17 (sh)"] {
             assert!(parse_stat(bad.as_bytes()).is_none(), "{bad}");
@@ -329,5 +369,34 @@ mod tests {
         again.send_signal(Signal::TERM).unwrap();
         assert_eq!(process.wait_exit().await, Some(Exit::Signal(15)));
         again.wait_exit().await;
+    }
+
+    #[tokio::test]
+    async fn the_children_of_a_session_are_found_and_a_stranger_has_none() {
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).unwrap();
+        let mut command = shell("sleep 600 & echo $! >&9; wait");
+        command.inherit = vec![InheritedFd {
+            fd: writer,
+            number: 9,
+        }];
+        let (leader, process) = spawn_detached(command).unwrap();
+        let mut line = [0; 16];
+        let length = rustix::io::read(&reader, &mut line).unwrap();
+        let child: u32 = std::str::from_utf8(&line[..length])
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap();
+        let members = session_members(&leader).unwrap();
+        assert_eq!(members, [ProcessIdentity::of(child).unwrap().unwrap()]);
+        let stranger = ProcessIdentity {
+            start_ticks: leader.start_ticks + 1,
+            ..leader.clone()
+        };
+        assert_eq!(session_members(&stranger).unwrap(), []);
+        let child = PidFd::open(&members[0]).unwrap().unwrap();
+        child.send_signal(Signal::KILL).unwrap();
+        process.wait_exit().await;
+        assert_eq!(session_members(&leader).unwrap(), []);
     }
 }

@@ -3,7 +3,7 @@
 //! ```text
 //! us                                    the child
 //! prepare everything (allocations)
-//! block signals, fork ────────────────► session, descriptors, limits, groups, gid, uid,
+//! block signals, fork ────────────────► session, descriptors, limits, mounts, groups, gid, uid,
 //! read the report pipe                  no_new_privs, umask, folder, default signals
 //!   five bytes: step and errno  ◄────── a step failed: tell, _exit
 //!   end of file                 ◄────── execve closed the pipe
@@ -23,6 +23,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::process::Pid;
 
+use super::bound_folder::{self, BoundFolder};
 use super::{PidFd, ProcessIdentity, Signal, hold};
 
 /// Who a child becomes.
@@ -84,6 +85,10 @@ pub struct DetachedCommand {
     pub identity: Option<Identity>,
     /// Where standard output and error are appended (made with mode 0600); `None` is `/dev/null`.
     pub log: Option<PathBuf>,
+    /// What standard output and error are instead of a log.
+    pub output: Option<OwnedFd>,
+    /// A folder that it sees with fewer rights, by mounts of its own; `None` shares our mounts. Needs `CAP_SYS_ADMIN`.
+    pub bound_folder: Option<BoundFolder>,
     /// File descriptors it gets.
     pub inherit: Vec<InheritedFd>,
     /// Resource limits.
@@ -102,6 +107,8 @@ impl DetachedCommand {
             cwd: PathBuf::from("/"),
             identity: None,
             log: None,
+            output: None,
+            bound_folder: None,
             inherit: Vec::new(),
             limits: Vec::new(),
             umask: 0o077,
@@ -153,11 +160,16 @@ pub enum SpawnError {
 }
 
 /// The steps of a child between fork and exec, in order; their index travels through the pipe when one fails.
-const STEPS: [&str; 10] = [
+const STEPS: [&str; 15] = [
     "start a session",
     "move its file descriptors",
     "close other file descriptors",
     "set a resource limit",
+    bound_folder::STEPS[0],
+    bound_folder::STEPS[1],
+    bound_folder::STEPS[2],
+    bound_folder::STEPS[3],
+    bound_folder::STEPS[4],
     "set the groups",
     "set the group id",
     "set the user id",
@@ -165,6 +177,8 @@ const STEPS: [&str; 10] = [
     "enter the working directory",
     "execute the program",
 ];
+/// Where the steps of [`bound_folder`] start.
+const FIRST_BIND_STEP: u8 = 4;
 
 /// Everything a child needs, laid out before the fork: after it, nothing may allocate.
 struct Prepared {
@@ -179,6 +193,8 @@ struct Prepared {
     /// One above every number that is given out.
     above: RawFd,
     limits: Vec<(libc::__rlimit_resource_t, u64)>,
+    /// The folder to bind, and whether it is to be read-only.
+    bound_folder: Option<(CString, bool)>,
     identity: Option<Identity>,
     umask: u32,
     /// Own what `argv` and `envp` point to.
@@ -203,8 +219,12 @@ pub fn spawn_detached(command: DetachedCommand) -> Result<(ProcessIdentity, PidF
         .open("/dev/null")
         .map_err(process_error)?;
     let log = command.log.as_deref().map(open_log).transpose()?;
-    let output = log.as_ref().unwrap_or(&null);
-    let mut prepared = prepare(&command, null.as_raw_fd(), output.as_raw_fd())?;
+    let output = match (&command.output, &log) {
+        (Some(output), _) => output.as_raw_fd(),
+        (None, Some(log)) => log.as_raw_fd(),
+        (None, None) => null.as_raw_fd(),
+    };
+    let mut prepared = prepare(&command, null.as_raw_fd(), output)?;
     let (report_reader, report_writer) =
         rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| process_error(e.into()))?;
 
@@ -282,6 +302,10 @@ fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prep
         above: fds.iter().map(|(_, number)| number + 1).max().unwrap_or(3),
         fds,
         limits: command.limits.iter().map(|limit| limit.raw()).collect(),
+        bound_folder: match &command.bound_folder {
+            Some(folder) => Some((text(folder.path.as_os_str().as_bytes())?, folder.read_only)),
+            None => None,
+        },
         identity: command.identity.clone(),
         umask: command.umask,
         _texts: texts,
@@ -370,6 +394,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
                 return 3;
             }
         }
+        if let Some((path, read_only)) = &prepared.bound_folder
+            && let Err(step) = bound_folder::bind(path, *read_only)
+        {
+            return FIRST_BIND_STEP + step;
+        }
         if let Some(identity) = &prepared.identity {
             if libc::syscall(
                 libc::SYS_setgroups,
@@ -377,21 +406,21 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
                 identity.groups.as_ptr(),
             ) < 0
             {
-                return 4;
+                return 9;
             }
             if libc::syscall(libc::SYS_setresgid, identity.gid, identity.gid, identity.gid) < 0 {
-                return 5;
+                return 10;
             }
             if libc::syscall(libc::SYS_setresuid, identity.uid, identity.uid, identity.uid) < 0 {
-                return 6;
+                return 11;
             }
         }
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 {
-            return 7;
+            return 12;
         }
         libc::umask(prepared.umask);
         if libc::chdir(prepared.cwd.as_ptr()) < 0 {
-            return 8;
+            return 13;
         }
         // Ignored signals (SIGPIPE, for one) would stay ignored in the program.
         for signal in 1..=libc::SIGRTMAX() {
@@ -405,7 +434,7 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
             prepared.argv.as_ptr(),
             prepared.envp.as_ptr(),
         );
-        9
+        14
     }
 }
 
