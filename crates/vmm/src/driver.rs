@@ -83,6 +83,16 @@ pub enum ProbeError {
         /// The Debian package that has it.
         package: &'static str,
     },
+    /// There is none of the programs that would do.
+    #[error("{what} is not installed: there is no {}", listed(programs))]
+    NoneOf {
+        /// What was looked for.
+        what: &'static str,
+        /// Where.
+        programs: Vec<PathBuf>,
+        /// The Debian packages that have it, with the release where it matters.
+        packages: &'static [&'static str],
+    },
     /// It did not run.
     #[error("cannot run `{}`", program.display())]
     Run {
@@ -120,6 +130,11 @@ pub enum ProbeError {
     },
 }
 
+fn listed(programs: &[PathBuf]) -> String {
+    let quoted = programs.iter().map(|program| format!("`{}`", program.display()));
+    quoted.collect::<Vec<_>>().join(", ")
+}
+
 impl Explain for ProbeError {
     fn kind(&self) -> ErrorKind {
         ErrorKind::NotPossible
@@ -128,6 +143,10 @@ impl Explain for ProbeError {
     fn hints(&self) -> Vec<String> {
         match self {
             Self::Missing { package, .. } => vec![format!("apt install {package}")],
+            Self::NoneOf { packages, .. } => packages
+                .iter()
+                .map(|name| format!("apt install {name}"))
+                .collect(),
             Self::TooOld { .. } => vec!["use the one of Debian 12 or later, or run `offshoot doctor`".into()],
             Self::Run { .. } | Self::Timeout { .. } | Self::Answer { .. } => {
                 vec!["run `offshoot doctor`".into()]

@@ -10,11 +10,14 @@
 //!                    after a daemon restart    └──────────── Driver::reopen ◄────────────────┘
 //! ```
 
+mod ask;
 mod driver;
 pub mod fake;
 mod machine;
 pub mod plan;
 pub mod qemu;
+mod said;
+pub mod virtiofsd;
 
 pub use driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts, VmmFeature};
 pub use machine::{

@@ -25,6 +25,7 @@ use super::qmp::Qmp;
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
 use crate::plan::{LaunchPlan, NetBackend, PlanError};
+use crate::said::plain_lines;
 
 /// The name of this driver in stored states.
 pub(crate) const KIND: &str = "qemu";
@@ -302,13 +303,9 @@ fn said_since(log: &Path, start: u64) -> String {
         file.take(MAX_SAID).read_to_end(&mut bytes)?;
         Ok(bytes)
     };
-    let bytes = read().unwrap_or_default();
-    let text = String::from_utf8_lossy(&bytes);
-    let lines = text
-        .lines()
-        .map(|line| line.chars().filter(|c| !c.is_control()).collect::<String>());
+    let lines = plain_lines(&read().unwrap_or_default());
+    let lines = lines.iter().map(|line| without_timestamp(line));
     lines
-        .map(|line| without_timestamp(&line).to_owned())
         .filter(|line| !line.is_empty())
         .collect::<Vec<_>>()
         .join("; ")

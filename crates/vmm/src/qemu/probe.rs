@@ -2,12 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::path::Path;
-use std::process::Stdio;
-use std::time::Duration;
 
-use tokio::io::AsyncReadExt;
-use tokio::process::Command;
-
+use crate::ask::{ask, not_understood, version_numbers};
 use crate::driver::{ProbeError, VmmFacts, VmmFeature};
 
 /// What a QEMU can do, as far as command lines depend on it.
@@ -29,10 +25,6 @@ pub struct QemuFacts {
     pub tsc_khz: Option<u64>,
 }
 
-/// A list of devices has some 20 KiB.
-const MAX_ANSWER: u64 = 1 << 20;
-/// Each question takes 50 ms; a host that is out of memory or whose disk sleeps may need longer.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// The first version with seccomp, `microvm,pcie=on` and `-blockdev` as the command line uses them that we test.
 const LEAST: (u32, u32) = (7, 2);
 const LEAST_TEXT: &str = "7.2";
@@ -40,7 +32,7 @@ const PACKAGE: &str = "qemu-system-x86";
 
 /// Asks a QEMU four questions at the same time.
 pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<QemuFacts, ProbeError> {
-    let ask = |words: &'static [&'static str]| ask(program, env, words);
+    let ask = |words: &'static [&'static str]| ask(program, PACKAGE, env, words);
     let tsc = tokio::task::spawn_blocking(offshoot_sys::tsc::khz);
     let (version, machines, accels, devices) = tokio::try_join!(
         ask(&["-version"]),
@@ -48,10 +40,7 @@ pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<Qe
         ask(&["-accel", "help"]),
         ask(&["-device", "help"]),
     )?;
-    let version = read_version(&version).ok_or_else(|| ProbeError::Answer {
-        program: program.to_owned(),
-        said: version.chars().take(200).collect(),
-    })?;
+    let version = read_version(&version).ok_or_else(|| not_understood(program, &version))?;
     if !new_enough(&version) {
         return Err(ProbeError::TooOld {
             program: program.to_owned(),
@@ -71,70 +60,15 @@ pub(crate) async fn probe(program: &Path, env: &[(String, String)]) -> Result<Qe
     })
 }
 
-async fn ask(program: &Path, env: &[(String, String)], words: &[&str]) -> Result<String, ProbeError> {
-    let failed = |source: std::io::Error| {
-        if source.kind() == std::io::ErrorKind::NotFound {
-            ProbeError::Missing {
-                program: program.to_owned(),
-                package: PACKAGE,
-            }
-        } else {
-            ProbeError::Run {
-                program: program.to_owned(),
-                source,
-            }
-        }
-    };
-    let mut child = Command::new(program)
-        .args(words)
-        .env_clear()
-        .envs(env.iter().map(|(name, value)| (name, value)))
-        .current_dir("/")
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(failed)?;
-    let mut said = Vec::new();
-    let reading = async {
-        if let Some(stdout) = child.stdout.take() {
-            stdout.take(MAX_ANSWER).read_to_end(&mut said).await?;
-        }
-        child.wait().await
-    };
-    let status = tokio::time::timeout(PATIENCE, reading)
-        .await
-        .map_err(|_| ProbeError::Timeout {
-            program: program.to_owned(),
-            limit: PATIENCE,
-        })?
-        .map_err(failed)?;
-    let said = String::from_utf8_lossy(&said).into_owned();
-    if !status.success() {
-        let said = format!("{status}: {}", said.chars().take(200).collect::<String>());
-        return Err(ProbeError::Answer {
-            program: program.to_owned(),
-            said,
-        });
-    }
-    Ok(said)
-}
-
 /// `QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg-7+deb12u18+b3)`.
 fn read_version(said: &str) -> Option<String> {
     let (_, rest) = said.lines().next()?.split_once(" version ")?;
     let version = rest.split_ascii_whitespace().next()?;
-    numbers(version).map(|_| version.to_owned())
-}
-
-fn numbers(version: &str) -> Option<(u32, u32)> {
-    let mut parts = version.split('.');
-    Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
+    version_numbers(version).map(|_| version.to_owned())
 }
 
 fn new_enough(version: &str) -> bool {
-    numbers(version).is_some_and(|found| found >= LEAST)
+    version_numbers(version).is_some_and(|found| found >= LEAST)
 }
 
 fn has_first_word(list: &str, word: &str) -> bool {

@@ -2,6 +2,7 @@
 
 mod guest;
 mod rig;
+mod shares;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
