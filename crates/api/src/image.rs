@@ -58,6 +58,22 @@ pub struct BaseSummary {
     pub id: String,
     /// Blocks on disk, bytes.
     pub disk_bytes: u64,
+    /// The same, part by part.
+    #[serde(default)]
+    pub parts: BaseParts,
+}
+
+/// Blocks on disk that the parts of a base take, bytes; 0 for a part that it does not have.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct BaseParts {
+    /// `root.erofs`, the tree of the image as one file.
+    pub root: u64,
+    /// The pristine overlay disk.
+    pub overlay_seed: u64,
+    /// The pristine work disk.
+    pub work_seed: u64,
+    /// The tree of the image as files, made only for roots that need it.
+    pub tree: u64,
 }
 
 /// Body of `POST /v1/images/pull`.
@@ -130,11 +146,77 @@ pub struct ImportQuery {
     pub prepare: bool,
 }
 
-/// Query of `GET /v1/images/inspect` and of `POST /v1/images/prepare`.
+/// Query of `GET /v1/images`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+pub struct ImagesQuery {
+    /// Only this one, by a reference or the first digits of a digest; all when absent.
+    pub reference: Option<String>,
+}
+
+/// Query of `GET /v1/images/inspect` and of `POST /v1/images/verify`.
 #[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
 pub struct ImageQuery {
     /// A reference, or the first digits of a digest.
     pub reference: String,
+}
+
+/// Query of `POST /v1/images/prepare`.
+#[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
+pub struct PrepareQuery {
+    /// A reference, or the first digits of a digest.
+    pub reference: String,
+    /// Also when it is prepared: make the base again and put it in the old one's place.
+    #[serde(default)]
+    pub force: bool,
+}
+
+/// What `POST /v1/images/verify` found.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VerifyReport {
+    /// The reference as users write it.
+    pub reference: String,
+    /// Manifest digest.
+    #[schema(value_type = String)]
+    pub digest: Digest,
+    /// Every blob of the image, then every part of its base.
+    pub parts: Vec<VerifiedPart>,
+    /// What to do about the damage; empty when there is none.
+    pub hints: Vec<String>,
+}
+
+impl VerifyReport {
+    /// Whether something is damaged.
+    pub fn is_damaged(&self) -> bool {
+        self.parts.iter().any(|part| part.state == PartState::Damaged)
+    }
+}
+
+/// One thing that was checked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct VerifiedPart {
+    /// `manifest`, `config`, `layer`, or what part of the base it is.
+    pub part: String,
+    /// The blob's digest, or the base's file.
+    pub name: String,
+    /// Bytes that were read.
+    pub bytes: u64,
+    /// How it stands.
+    pub state: PartState,
+    /// What is wrong; absent when nothing is.
+    pub reason: Option<String>,
+}
+
+/// How a part of an image stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum PartState {
+    /// It is what it was when it was stored.
+    Ok,
+    /// It is missing, cannot be read, or has other bytes.
+    Damaged,
+    /// There is no base yet; the next VM makes it.
+    NotPrepared,
 }
 
 /// Query of `DELETE /v1/images`.

@@ -3,7 +3,7 @@
 //! HTTP/1.1 and JSON over a Unix socket. Everything is under `/v1`; the OpenAPI document is at `/openapi.json`.
 //! Three shapes besides plain JSON:
 //!
-//! * long work (pull, import, bootstrap, kernel add) answers with one JSON [`progress::Line`] a line
+//! * long work (pull, import, bootstrap, prepare, verify, kernel add) answers with one JSON [`progress::Line`] a line
 //!   (`application/x-ndjson`), the last one being the result or the error;
 //! * `attach` and `exec` are WebSockets whose binary messages start with a channel byte, see [`channel`];
 //! * `logs` is a sequence of [`log_frame`] frames, as Docker multiplexes them.
@@ -15,5 +15,7 @@ pub mod image;
 pub mod kernel;
 pub mod log_frame;
 pub mod progress;
+pub mod prune;
 pub mod system;
+pub mod usage;
 pub mod vm;

@@ -27,6 +27,9 @@ pub struct VmSummary {
     pub finished_ms: Option<u64>,
     /// How its last run ended; absent while it runs.
     pub exit: Option<ExitStatus>,
+    /// Why it works only in part, one line each: `the share on /data is gone: its virtiofsd died`. Empty when it is well.
+    #[serde(default)]
+    pub degraded: Vec<String>,
 }
 
 /// Everything about a VM.
@@ -66,8 +69,20 @@ pub struct VmDetails {
 pub struct Decision {
     /// What was chosen.
     pub chosen: String,
-    /// Why, and what was passed over and why, best first.
+    /// Why this one.
     pub reasons: Vec<String>,
+    /// What was passed over, in the order in which it was looked at.
+    #[serde(default)]
+    pub passed_over: Vec<PassedOver>,
+}
+
+/// What a decision did not take.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct PassedOver {
+    /// The other possibility.
+    pub name: String,
+    /// Why not.
+    pub reason: String,
 }
 
 /// Query of `GET /v1/vms`.
@@ -82,6 +97,14 @@ pub struct ListQuery {
 #[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]
 pub struct RemoveQuery {
+    /// Kill it first when it runs.
+    pub force: bool,
+}
+
+/// Query of `POST /v1/vms/{vm}/reset`.
+#[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+pub struct ResetQuery {
     /// Kill it first when it runs.
     pub force: bool,
 }

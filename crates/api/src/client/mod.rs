@@ -26,13 +26,16 @@ pub use work::Work;
 
 use crate::channel::ExecStart;
 use crate::image::{
-    BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PullRequest,
+    BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImagesQuery, ImportQuery,
+    PrepareQuery, PullRequest, VerifyReport,
 };
 use crate::kernel::{DistroRequest, KernelSummary};
+use crate::prune::{PruneQuery, PruneReport};
 use crate::system::{DoctorReport, SystemInfo};
+use crate::usage::DiskUsage;
 use crate::vm::{
     ArchiveQuery, ArchiveUnpacked, AttachQuery, KillQuery, ListQuery, LogsQuery, PATH_STAT_HEADER, PathStat,
-    RemoveQuery, RenameQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
+    RemoveQuery, RenameQuery, ResetQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
 };
 use connection::{Answer, exchange};
 
@@ -66,6 +69,21 @@ impl Client {
     /// Every check of every capability.
     pub async fn doctor(&self) -> Result<DoctorReport, ClientError> {
         self.get("/v1/system/doctor").await
+    }
+
+    /// What everything takes on disk, and VMs in memory.
+    pub async fn df(&self) -> Result<DiskUsage, ClientError> {
+        self.get("/v1/system/df").await
+    }
+
+    /// What [`prune`](Self::prune) would delete.
+    pub async fn prune_plan(&self, query: &PruneQuery) -> Result<PruneReport, ClientError> {
+        self.get(&url::with_query("/v1/system/prune", query)).await
+    }
+
+    /// Deletes what nothing needs.
+    pub async fn prune(&self, query: &PruneQuery) -> Result<PruneReport, ClientError> {
+        self.post(&url::with_query("/v1/system/prune", query)).await
     }
 
     /// Makes a VM; it does not run yet.
@@ -122,6 +140,11 @@ impl Client {
     /// Lets them go on.
     pub async fn resume_vm(&self, vm: &str) -> Result<VmSummary, ClientError> {
         self.post(&url::vm(vm, "/resume")).await
+    }
+
+    /// Drops what a VM wrote to `/` and keeps its work disk.
+    pub async fn reset_vm(&self, vm: &str, query: &ResetQuery) -> Result<VmSummary, ClientError> {
+        self.post(&url::with_query(&url::vm(vm, "/reset"), query)).await
     }
 
     /// Gives a VM another name.
@@ -201,6 +224,15 @@ impl Client {
         self.get("/v1/images").await
     }
 
+    /// What `image ls` shows of one image; `None` where there is no such image. Cheaper than [`image`](Self::image).
+    pub async fn find_image(&self, reference: &str) -> Result<Option<ImageSummary>, ClientError> {
+        let query = ImagesQuery {
+            reference: Some(reference.to_owned()),
+        };
+        let found: Vec<ImageSummary> = self.get(&url::with_query("/v1/images", &query)).await?;
+        Ok(found.into_iter().next())
+    }
+
     /// Everything about an image.
     pub async fn image(&self, query: &ImageQuery) -> Result<ImageDetails, ClientError> {
         self.get(&url::with_query("/v1/images/inspect", query)).await
@@ -243,8 +275,18 @@ impl Client {
         ))
     }
 
+    /// Reads every blob and every part of the base of an image and compares them with what was stored.
+    pub async fn verify(&self, query: &ImageQuery) -> Result<Work<VerifyReport>, ClientError> {
+        let target = url::with_query("/v1/images/verify", query);
+        Ok(Work::new(
+            self.send(Method::POST, &target, Upload::none())
+                .await?
+                .into_body(),
+        ))
+    }
+
     /// Makes an image's base.
-    pub async fn prepare(&self, query: &ImageQuery) -> Result<Work<ImageSummary>, ClientError> {
+    pub async fn prepare(&self, query: &PrepareQuery) -> Result<Work<ImageSummary>, ClientError> {
         let target = url::with_query("/v1/images/prepare", query);
         Ok(Work::new(
             self.send(Method::POST, &target, Upload::none())
