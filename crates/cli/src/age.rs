@@ -34,7 +34,9 @@ pub(crate) fn ago(then_ms: u64, now_ms: u64) -> String {
 pub(crate) fn status(vm: &VmSummary, now_ms: u64) -> String {
     let up = || {
         let since = vm.started_ms.unwrap_or(now_ms);
-        format!("Up {}", lower_first(&words(now_ms.saturating_sub(since) / 1000)))
+        let words = lower_first(&words(now_ms.saturating_sub(since) / 1000));
+        let degraded = if vm.degraded.is_empty() { "" } else { " (degraded)" };
+        format!("Up {words}{degraded}")
     };
     let when = || {
         vm.finished_ms
@@ -104,12 +106,16 @@ mod tests {
             started_ms: None,
             finished_ms: None,
             exit: None,
+            degraded: Vec::new(),
         };
         let now = 10_000_000;
         assert_eq!(status(&vm, now), "Created");
         vm.state = VmState::Running;
         vm.started_ms = Some(now - 180_000);
         assert_eq!(status(&vm, now), "Up 3 minutes");
+        vm.degraded = vec!["the share on /data is gone: its virtiofsd died".into()];
+        assert_eq!(status(&vm, now), "Up 3 minutes (degraded)");
+        vm.degraded.clear();
         vm.started_ms = Some(now + 5000); // clocks can go back
         assert_eq!(status(&vm, now), "Up less than a second");
         vm.state = VmState::Paused;

@@ -12,9 +12,11 @@ use crate::image::{self, ImageCommand};
 use crate::kernel::{self, KernelCommand};
 use crate::logs::{self, LogsArgs};
 use crate::output::OutputArgs;
+use crate::prune::{self, PruneArgs};
 use crate::run::{self, AttachArgs, CreateArgs, RunArgs, StartArgs};
 use crate::system::{self, CompletionArgs, SystemCommand};
-use crate::vm::{self, InspectArgs, KillArgs, PsArgs, RenameArgs, RmArgs, StopArgs, VmsArgs};
+use crate::usage::{self, DfArgs};
+use crate::vm::{self, InspectArgs, KillArgs, PsArgs, RenameArgs, ResetArgs, RmArgs, StopArgs, VmsArgs};
 
 /// Virtual machines from OCI images, in the time a container takes
 #[derive(Clone, Debug, Parser)]
@@ -63,6 +65,8 @@ enum Verb {
     /// Let paused VMs go on
     #[command(visible_alias = "unpause")]
     Resume(VmsArgs),
+    /// Drop what VMs wrote to `/`, keep their work disks
+    Reset(ResetArgs),
     /// Remove VMs
     #[command(visible_alias = "remove")]
     Rm(RmArgs),
@@ -92,6 +96,10 @@ enum Verb {
     /// Look at the daemon
     #[command(subcommand)]
     System(SystemCommand),
+    /// Show what everything takes on disk, and VMs in memory
+    Df(DfArgs),
+    /// Delete what nothing needs any more
+    Prune(PruneArgs),
     /// Check what this machine can do; status 1 when VMs cannot run
     Doctor(OutputArgs),
     /// Write a completion script
@@ -125,6 +133,7 @@ impl Cli {
             Verb::Kill(args) => vm::kill(client, &args).await,
             Verb::Pause(args) => vm::pause(client, &args).await,
             Verb::Resume(args) => vm::resume(client, &args).await,
+            Verb::Reset(args) => vm::reset(client, &args).await,
             Verb::Rm(args) => vm::rm(client, &args).await,
             Verb::Ps(args) => vm::ps(client, &args).await,
             Verb::Inspect(args) => vm::inspect(client, &args).await,
@@ -137,6 +146,8 @@ impl Cli {
             Verb::Image(command) => image::image(client, command).await,
             Verb::Kernel(command) => kernel::kernel(client, command).await,
             Verb::System(SystemCommand::Info(args)) | Verb::Info(args) => system::info(client, args).await,
+            Verb::Df(args) => usage::df(client, &args).await,
+            Verb::Prune(args) => prune::prune(client, &args).await,
             Verb::Doctor(args) => system::doctor(client, args).await,
             Verb::Completion(args) => system::completion(&args),
             Verb::Version(args) => system::version(client, args).await,
@@ -302,6 +313,16 @@ mod tests {
     }
 
     #[test]
+    fn help_of_prune() {
+        insta::assert_snapshot!(help(&["prune"]), @"");
+    }
+
+    #[test]
+    fn help_of_reset() {
+        insta::assert_snapshot!(help(&["reset"]), @"");
+    }
+
+    #[test]
     fn help_of_kernel_add() {
         insta::assert_snapshot!(help(&["kernel", "add"]), @r#"
         Make a kernel bundle
@@ -355,6 +376,13 @@ mod tests {
             &["ps", "-aq", "--output", "json"],
             &["cp", "x:/a", "-"],
             &["run", "--rm", "x", "--socket", "y"],
+            &["run", "--verbose", "-v", "/a:/b", "x"],
+            &["reset", "-f", "a", "b"],
+            &["df", "-v", "--output", "json"],
+            &["prune", "-fa", "--grace", "90m"],
+            &["prune", "--grace", "0s", "--output", "json"],
+            &["image", "verify", "x", "--output", "json"],
+            &["image", "prepare", "--force", "x"],
         ] {
             Cli::try_parse_from([&["offshoot"], words].concat()).unwrap_or_else(|e| panic!("{words:?}: {e}"));
         }
@@ -371,6 +399,9 @@ mod tests {
             &["inspect", ""],
             &["start", "-i", "x"],
             &["image", "pull", "--prepare=maybe", "x"],
+            &["prune", "--grace", "soon"],
+            &["prune", "x"],
+            &["reset"],
         ] {
             assert!(
                 Cli::try_parse_from([&["offshoot"], words].concat()).is_err(),

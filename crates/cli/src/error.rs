@@ -19,6 +19,8 @@ use crate::output::clean;
 
 /// Exit status of every error that has no status of its own.
 pub(crate) const ERROR: u8 = 1;
+/// Exit status of a command that was written wrongly, as clap has it.
+const USAGE: u8 = 2;
 /// Exit status when nobody listens at the socket.
 pub(crate) const UNREACHABLE: u8 = 3;
 /// Exit status after Ctrl-C: 128 and SIGINT, as a shell counts it.
@@ -45,6 +47,19 @@ impl Failure {
     /// A wrong use of files or options that clap cannot see.
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::InvalidRequest, message)
+    }
+
+    /// A command that cannot be used so, as if clap had refused it.
+    pub(crate) fn usage(message: impl Into<String>) -> Self {
+        Self {
+            status: USAGE,
+            ..Self::invalid(message)
+        }
+    }
+
+    /// Something that the daemon could not do while it did the rest.
+    pub(crate) fn internal(message: impl Into<String>) -> Self {
+        Self::new(ErrorKind::Internal, message)
     }
 
     /// The operating system refused something.

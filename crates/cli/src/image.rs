@@ -8,7 +8,7 @@ use clap::builder::BoolishValueParser;
 use clap::{ArgAction, Args, Subcommand};
 use offshoot_api::client::{Client, Upload};
 use offshoot_api::image::{
-    BootstrapRequest, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PullRequest,
+    BootstrapRequest, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PrepareQuery, PullRequest,
 };
 use offshoot_model::ByteSize;
 
@@ -18,6 +18,7 @@ use crate::error::{ERROR, Failure, report_and_go_on};
 use crate::output::{Output, OutputArgs, json, line, now_ms, table};
 use crate::packing::{Owner, append_tree, tar_upload};
 use crate::progress::Bars;
+use crate::verify::{VerifyArgs, verify};
 
 #[derive(Clone, Debug, Subcommand)]
 pub(crate) enum ImageCommand {
@@ -37,6 +38,8 @@ pub(crate) enum ImageCommand {
     Rm(RmArgs),
     /// Make an image ready to start VMs from
     Prepare(PrepareArgs),
+    /// Check that an image and what was made of it are undamaged; status 1 when they are not
+    Verify(VerifyArgs),
 }
 
 #[derive(Clone, Debug, Args)]
@@ -124,6 +127,9 @@ pub(crate) struct RmArgs {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct PrepareArgs {
+    /// Also when it is ready: make it anew
+    #[arg(short, long)]
+    force: bool,
     /// Show no progress
     #[arg(short, long)]
     quiet: bool,
@@ -151,6 +157,7 @@ pub(crate) async fn image(client: &Client, command: ImageCommand) -> Result<u8, 
         }
         ImageCommand::Rm(args) => rm(client, args).await,
         ImageCommand::Prepare(args) => prepare(client, args).await,
+        ImageCommand::Verify(args) => verify(client, args).await,
     }
 }
 
@@ -276,17 +283,27 @@ async fn bootstrap(client: &Client, args: BootstrapArgs) -> Result<u8, Failure> 
     show(output, &image, |image| image.reference.clone())
 }
 
-async fn prepare(client: &Client, args: PrepareArgs) -> Result<u8, Failure> {
-    let mut bars = Bars::new(args.quiet);
-    let query = ImageQuery {
-        reference: args.reference,
+/// Makes the base of an image and shows how far it is.
+pub(crate) async fn prepare_image(
+    client: &Client,
+    reference: &str,
+    force: bool,
+    quiet: bool,
+) -> Result<ImageSummary, Failure> {
+    let query = PrepareQuery {
+        reference: reference.to_owned(),
+        force,
     };
-    let image = client
+    let mut bars = Bars::new(quiet);
+    Ok(client
         .prepare(&query)
         .await?
         .finish(|event| bars.show(event))
-        .await?;
-    drop(bars);
+        .await?)
+}
+
+async fn prepare(client: &Client, args: PrepareArgs) -> Result<u8, Failure> {
+    let image = prepare_image(client, &args.reference, args.force, args.quiet).await?;
     show(args.output, &image, |image| image.reference.clone())
 }
 

@@ -1,7 +1,7 @@
 //! `offshoot`: the command line. It turns words into requests and answers into text; the daemon does the rest.
 //!
 //! ```text
-//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ system ─► api::client ─► offshootd
+//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ prune │ system ─► api::client ─► offshootd
 //!          └─ session (relay) ─ terminal, detach, signals
 //! ```
 
@@ -9,6 +9,7 @@ mod age;
 mod args;
 mod cp;
 mod credentials;
+mod decisions;
 mod detach;
 mod error;
 mod exec;
@@ -18,13 +19,16 @@ mod logs;
 mod output;
 mod packing;
 mod progress;
+mod prune;
 mod run;
 mod session;
 mod signals;
 mod system;
 mod terminal;
 mod timings;
+mod usage;
 mod values;
+mod verify;
 mod vm;
 mod vm_config;
 

@@ -1,7 +1,7 @@
 //! `run`, `create`, `start` and `attach`: a VM from a command line, and its main process in the foreground.
 //!
 //! ```text
-//! (pull) ─► create ─► attach ─► start ─► relay ─► status ─► (gone, with --rm)
+//! (pull, prepare) ─► create ─► attach ─► start ─► relay ─► status ─► (gone, with --rm)
 //!      Ctrl-C: give up, remove      Ctrl-C: to the process
 //! ```
 
@@ -9,12 +9,12 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use offshoot_api::client::Client;
-use offshoot_api::image::ImageQuery;
 use offshoot_api::vm::{AttachQuery, RemoveQuery, VmSummary};
 use offshoot_model::VmConfig;
 
+use crate::decisions;
 use crate::error::{Failure, report_and_go_on};
-use crate::image::pull_image;
+use crate::image::{prepare_image, pull_image};
 use crate::output::{line, note};
 use crate::session::{End, Relay, exit_code, relay};
 use crate::signals::Signals;
@@ -30,20 +30,30 @@ pub(crate) struct RunArgs {
     /// Run in the background and print the VM's id
     #[arg(short, long)]
     detach: bool,
-    /// Show no progress
-    #[arg(short, long)]
-    quiet: bool,
+    #[command(flatten)]
+    making: Making,
     #[command(flatten)]
     vm: VmArgs,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct CreateArgs {
+    #[command(flatten)]
+    making: Making,
+    #[command(flatten)]
+    vm: VmArgs,
+}
+
+/// What is told while a VM is made.
+#[derive(Clone, Copy, Debug, Args)]
+struct Making {
     /// Show no progress
     #[arg(short, long)]
     quiet: bool,
-    #[command(flatten)]
-    vm: VmArgs,
+    /// Say which VMM and which root was chosen, and why
+    // No short form: `-v` is a volume.
+    #[arg(long)]
+    verbose: bool,
 }
 
 #[derive(Clone, Debug, Args)]
@@ -77,7 +87,7 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
     }
     let mut signals = Signals::catch()?;
     let vm = tokio::select! {
-        vm = make(client, &config, pull, args.quiet) => vm?,
+        vm = make(client, &config, pull, &args.making) => vm?,
         () = signals.cancelled() => return Err(Failure::cancelled()),
     };
     let id = vm.id.as_str();
@@ -117,7 +127,7 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
 pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Failure> {
     let pull = args.vm.pull;
     let config = args.vm.config()?;
-    let vm = make(client, &config, pull, args.quiet).await?;
+    let vm = make(client, &config, pull, &args.making).await?;
     line(vm.id.as_str())?;
     Ok(0)
 }
@@ -176,36 +186,34 @@ pub(crate) async fn attach(client: &Client, args: &AttachArgs) -> Result<u8, Fai
     )
 }
 
-/// Creates a VM, and pulls its image when it must.
-async fn make(client: &Client, config: &VmConfig, pull: Pull, quiet: bool) -> Result<VmSummary, Failure> {
+/// Creates a VM, and before that pulls and prepares its image when it must: a create would do the latter without a word.
+async fn make(client: &Client, config: &VmConfig, pull: Pull, how: &Making) -> Result<VmSummary, Failure> {
+    let (image, quiet) = (&config.image, how.quiet);
     if pull == Pull::Always {
-        pull_image(client, &config.image, None, true, quiet).await?;
-    }
-    match client.create_vm(config).await {
-        Err(e) if e.is_not_found() && pull == Pull::Missing && image_is_missing(client, config).await => {
-            if !quiet {
-                note(&format!(
-                    "Unable to find image `{}` in the store, pulling it",
-                    config.image
-                ));
+        pull_image(client, image, None, true, quiet).await?;
+    } else {
+        match client.find_image(image).await? {
+            Some(found) if found.prepared => {}
+            Some(_) => drop(prepare_image(client, image, false, quiet).await?),
+            None if pull == Pull::Missing => {
+                if !quiet {
+                    note(&format!(
+                        "Unable to find image `{image}` in the store, pulling it"
+                    ));
+                }
+                pull_image(client, image, None, true, quiet)
+                    .await
+                    .map_err(|e| e.hint("`offshoot image ls` lists the images in the store"))?;
             }
-            pull_image(client, &config.image, None, true, quiet)
-                .await
-                .map_err(|e| e.hint("`offshoot image ls` lists the images in the store"))?;
-            Ok(client.create_vm(config).await?)
+            // The daemon says it best, with what to do about it.
+            None => {}
         }
-        made => Ok(made?),
     }
-}
-
-/// Other things than the image can be missing as well, and then a pull would not help.
-async fn image_is_missing(client: &Client, config: &VmConfig) -> bool {
-    let image = client
-        .image(&ImageQuery {
-            reference: config.image.clone(),
-        })
-        .await;
-    image.is_err_and(|e| e.is_not_found())
+    let vm = client.create_vm(config).await?;
+    if how.verbose {
+        decisions::tell(client, vm.id.as_str()).await;
+    }
+    Ok(vm)
 }
 
 /// Starts a VM that this program made. Ctrl-C gives it up; a failure leaves it as `create` did, or gone with `--rm`.

@@ -3,7 +3,7 @@
 use clap::Args;
 use futures::{StreamExt, stream};
 use offshoot_api::client::{Client, ClientError};
-use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, StopQuery, VmSummary};
+use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, ResetQuery, StopQuery, VmSummary};
 use offshoot_model::VmName;
 
 use crate::age;
@@ -67,6 +67,16 @@ pub(crate) struct KillArgs {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RmArgs {
+    /// Kill a VM that runs
+    #[arg(short, long)]
+    force: bool,
+    /// Names or ids
+    #[arg(required = true, value_name = "VM", value_parser = vm_ref)]
+    vms: Vec<String>,
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct ResetArgs {
     /// Kill a VM that runs
     #[arg(short, long)]
     force: bool,
@@ -163,6 +173,14 @@ pub(crate) async fn rm(client: &Client, args: &RmArgs) -> Result<u8, Failure> {
     each(&args.vms, |vm| async move { client.remove_vm(vm, query).await }).await
 }
 
+pub(crate) async fn reset(client: &Client, args: &ResetArgs) -> Result<u8, Failure> {
+    let query = &ResetQuery { force: args.force };
+    each(&args.vms, |vm| async move {
+        client.reset_vm(vm, query).await.map(drop)
+    })
+    .await
+}
+
 pub(crate) async fn pause(client: &Client, args: &VmsArgs) -> Result<u8, Failure> {
     each(&args.vms, |vm| async move { client.pause_vm(vm).await.map(drop) }).await
 }
@@ -232,6 +250,7 @@ mod tests {
             started_ms: Some(now - 180_000),
             finished_ms: Some(now - 5_000),
             exit,
+            degraded: Vec::new(),
         };
         let exit = ExitStatus {
             code: 7,

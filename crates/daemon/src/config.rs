@@ -25,6 +25,8 @@ pub struct DaemonConfig {
     pub boot_timeout_s: u64,
     /// The largest upload, MiB.
     pub import_limit_mib: u64,
+    /// Seconds for which `prune` spares what was made or used.
+    pub prune_grace_s: u64,
     /// Registries that are spoken to without TLS, `host:port`; loopback always is.
     pub insecure_registries: Vec<String>,
 }
@@ -41,6 +43,8 @@ impl Default for DaemonConfig {
             // Software emulation with a busy host takes half a minute at worst; a dead guest is noticed by its VMM's end.
             boot_timeout_s: 120,
             import_limit_mib: 64 << 10,
+            // Whoever fetched or made something within the hour is likely to go on with it.
+            prune_grace_s: 3600,
             insecure_registries: Vec::new(),
         }
     }
@@ -66,6 +70,11 @@ impl DaemonConfig {
     /// How long a guest may take to come up.
     pub fn boot_timeout(&self) -> Duration {
         Duration::from_secs(self.boot_timeout_s)
+    }
+
+    /// For how long `prune` spares what was made or used.
+    pub fn prune_grace(&self) -> Duration {
+        Duration::from_secs(self.prune_grace_s)
     }
 
     /// The largest upload.

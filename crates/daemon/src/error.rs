@@ -37,6 +37,12 @@ impl Failure {
     }
 }
 
+/// An error and its causes in one line.
+pub fn chain(error: &impl Explain) -> String {
+    let ApiError { message, causes, .. } = ApiError::from_explained(error);
+    [vec![message], causes].concat().join(": ")
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let status = StatusCode::from_u16(self.0.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

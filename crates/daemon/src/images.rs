@@ -2,10 +2,12 @@
 
 use std::io::Read;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use offshoot_api::image::{
     BaseSummary, BootstrapRequest, ImageDetails, ImageSummary, LayerSummary, PullRequest, RegistryCredentials,
 };
+use offshoot_api::prune::PruneQuery;
 use offshoot_engine::engine::Engine;
 use offshoot_image::archive::{self, ImportOptions};
 use offshoot_image::bootstrap::{self, BootstrapOptions};
@@ -16,19 +18,26 @@ use offshoot_model::{BaseId, Digest, ErrorKind, Progress};
 use offshoot_rootfs::base::{BaseStore, base_id};
 use offshoot_store::blobs::BlobStore;
 use offshoot_store::db::{Db, ImageRow};
-use tokio::sync::RwLock;
+use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 
+use crate::bases;
+use crate::blocking::blocking;
 use crate::config::DaemonConfig;
 use crate::error::{Answer, Failure};
+use crate::prune::Rules;
+use crate::sweep;
 use crate::time::now_ms;
+
+/// How often a prune looks whether it is alone: a create holds its lease for some milliseconds.
+const ALONE_POLL: Duration = Duration::from_millis(5);
 
 /// All images. Cheap to clone.
 #[derive(Clone)]
 pub struct Images {
-    db: Db,
-    blobs: BlobStore,
-    bases: Arc<BaseStore>,
-    engine: Engine,
+    pub(crate) db: Db,
+    pub(crate) blobs: BlobStore,
+    pub(crate) bases: Arc<BaseStore>,
+    pub(crate) engine: Engine,
     config: Arc<DaemonConfig>,
     /// Held for reading by whatever makes blobs and bases that no row speaks of yet, for writing by the sweep.
     in_use: Arc<RwLock<()>>,
@@ -41,7 +50,7 @@ pub struct ReadyImage {
     /// Its base.
     pub base: BaseId,
     /// Keeps the sweep away until the VM's row is written.
-    pub lease: tokio::sync::OwnedRwLockReadGuard<()>,
+    pub lease: OwnedRwLockReadGuard<()>,
 }
 
 impl Images {
@@ -66,20 +75,39 @@ impl Images {
     /// Every name, newest first.
     pub async fn list(&self) -> Answer<Vec<ImageSummary>> {
         let rows = self.db.call(Db::images).await?;
-        rows.iter().map(|row| self.summary(row)).collect()
+        let this = self.clone();
+        blocking("listing images", move || {
+            rows.iter().map(|row| this.summary(row)).collect()
+        })
+        .await
+    }
+
+    /// What `list` says of one image; nothing where there is none.
+    pub async fn find(&self, reference: &str) -> Answer<Option<ImageSummary>> {
+        match self.row(reference).await {
+            Ok(row) => self.summarised(row).await.map(Some),
+            Err(Failure(error)) if error.kind == ErrorKind::NotFound => Ok(None),
+            Err(failure) => Err(failure),
+        }
     }
 
     /// Everything about one image.
     pub async fn inspect(&self, reference: &str) -> Answer<ImageDetails> {
         let row = self.row(reference).await?;
+        let this = self.clone();
+        blocking("looking at an image", move || this.details(&row)).await
+    }
+
+    fn details(&self, row: &ImageRow) -> Answer<ImageDetails> {
         let image = StoredImage::load(&self.blobs, &row.digest)?;
         let id = base_id(&image.digest);
         let base = self.bases.get(&id).ok().map(|base| BaseSummary {
             id: id.to_string(),
             disk_bytes: offshoot_sys::space::disk_usage(&base.dir).unwrap_or(0),
+            parts: bases::parts(&base.dir),
         });
         Ok(ImageDetails {
-            summary: self.summary(&row)?,
+            summary: self.summary(row)?,
             config: image.config.clone(),
             architecture: image.architecture.clone(),
             os: image.os.clone(),
@@ -104,7 +132,7 @@ impl Images {
 
     async fn try_pull(&self, request: PullRequest, progress: &Progress) -> Answer<ImageSummary> {
         let reference: ImageReference = request.reference.parse()?;
-        let lease = self.in_use.clone().read_owned().await;
+        let lease = self.lease().await;
         let options = PullOptions {
             platform: request.platform,
             auth: match request.auth {
@@ -131,7 +159,7 @@ impl Images {
     async fn try_bootstrap(&self, request: BootstrapRequest, progress: &Progress) -> Answer<ImageSummary> {
         let name = request.name.as_deref().unwrap_or(&request.recipe);
         let reference: ImageReference = name.parse()?;
-        let lease = self.in_use.clone().read_owned().await;
+        let lease = self.lease().await;
         let options = BootstrapOptions {
             suite: request.recipe,
             include: request.include,
@@ -163,7 +191,7 @@ impl Images {
         progress: &Progress,
     ) -> Answer<Vec<ImageSummary>> {
         let reference = name.map(str::parse::<ImageReference>).transpose()?;
-        let lease = self.in_use.clone().read_owned().await;
+        let lease = self.lease().await;
         let options = ImportOptions {
             reference: reference.as_ref().map(ToString::to_string),
             limit: self.config.import_limit(),
@@ -183,7 +211,7 @@ impl Images {
                 );
             };
             let reference: ImageReference = name.parse()?;
-            let lease = self.in_use.clone().read_owned().await;
+            let lease = self.lease().await;
             kept.push(
                 self.keep(&reference, image.digest, prepare, progress, lease)
                     .await?,
@@ -194,20 +222,26 @@ impl Images {
         Ok(kept)
     }
 
-    /// Makes the base of an image now.
-    pub async fn prepare(&self, reference: &str, progress: &Progress) -> Answer<ImageSummary> {
+    /// Makes the base of an image now; with `force` also when there is one, which it then replaces.
+    pub async fn prepare(&self, reference: &str, force: bool, progress: &Progress) -> Answer<ImageSummary> {
         let row = self.row(reference).await?;
-        let _lease = self.in_use.read().await;
-        let image = StoredImage::load(&self.blobs, &row.digest)?;
-        self.bases.ensure(&image, progress).await?;
-        self.summary(&row)
+        let _lease = self.lease().await;
+        let image = self.load(row.digest).await?;
+        if force {
+            bases::rebuild(&self.bases, &image, &base_id(&image.digest), progress).await?;
+        } else {
+            self.bases.ensure(&image, progress).await?;
+        }
+        self.summarised(row).await
     }
 
     /// The image and its base, made now when it is not there yet.
     pub async fn ready(&self, reference: &str, progress: &Progress) -> Answer<ReadyImage> {
         let row = self.row(reference).await?;
-        let lease = self.in_use.clone().read_owned().await;
-        let image = StoredImage::load(&self.blobs, &row.digest)?;
+        let lease = self.lease().await;
+        let image = self.load(row.digest).await?;
+        let place = self.bases.locate(&base_id(&image.digest));
+        tokio::task::spawn_blocking(move || sweep::mark_used(place.dir()));
         let base = self.bases.ensure(&image, progress).await?;
         Ok(ReadyImage {
             image,
@@ -285,9 +319,9 @@ impl Images {
         digest: Digest,
         prepare: bool,
         progress: &Progress,
-        lease: tokio::sync::OwnedRwLockReadGuard<()>,
+        lease: OwnedRwLockReadGuard<()>,
     ) -> Answer<ImageSummary> {
-        let image = StoredImage::load(&self.blobs, &digest)?;
+        let image = self.load(digest).await?;
         if prepare {
             self.bases.ensure(&image, progress).await?;
         }
@@ -302,7 +336,52 @@ impl Images {
             .await?;
         drop(lease);
         self.sweep_if_idle().await;
-        self.summary(&row)
+        self.summarised(row).await
+    }
+
+    /// Keeps every sweep away while it is held.
+    pub(crate) async fn lease(&self) -> OwnedRwLockReadGuard<()> {
+        self.in_use.clone().read_owned().await
+    }
+
+    /// Waits until nobody holds a lease, and keeps everybody from taking one.
+    pub(crate) async fn alone(&self, patience: Duration) -> Answer<OwnedRwLockWriteGuard<()>> {
+        let deadline = Instant::now() + patience;
+        loop {
+            if let Ok(alone) = self.in_use.clone().try_write_owned() {
+                return Ok(alone);
+            }
+            if Instant::now() >= deadline {
+                let message = "cannot prune now: images or VMs are being made";
+                return Err(Failure::new(ErrorKind::Conflict, message)
+                    .hint("try again when the pull, import, preparation or create is done"));
+            }
+            // Not by queueing for it: behind a waiting writer no new reader gets in, and all creates would stand still.
+            tokio::time::sleep(ALONE_POLL).await;
+        }
+    }
+
+    /// How eager a prune is, out of the request and the settings.
+    pub(crate) fn rules(&self, query: PruneQuery) -> Rules {
+        Rules {
+            all: query.all,
+            grace: query
+                .grace_s
+                .map_or_else(|| self.config.prune_grace(), Duration::from_secs),
+        }
+    }
+
+    async fn load(&self, digest: Digest) -> Answer<StoredImage> {
+        let blobs = self.blobs.clone();
+        blocking("reading an image", move || {
+            Ok(StoredImage::load(&blobs, &digest)?)
+        })
+        .await
+    }
+
+    async fn summarised(&self, row: ImageRow) -> Answer<ImageSummary> {
+        let this = self.clone();
+        blocking("looking at an image", move || this.summary(&row)).await
     }
 
     fn summary(&self, row: &ImageRow) -> Answer<ImageSummary> {
@@ -317,7 +396,7 @@ impl Images {
     }
 
     /// The row of a reference, or of the only image whose digest begins so.
-    async fn row(&self, text: &str) -> Answer<ImageRow> {
+    pub(crate) async fn row(&self, text: &str) -> Answer<ImageRow> {
         let rows = self.db.call(Db::images).await?;
         if let Ok(reference) = text.parse::<ImageReference>() {
             let name = reference.to_string();
@@ -361,7 +440,7 @@ impl Images {
         };
         let this = self.clone();
         let swept = tokio::task::spawn_blocking(move || {
-            let result = this.sweep();
+            let result = sweep::sweep(&this);
             drop(alone);
             result
         })
@@ -370,39 +449,10 @@ impl Images {
             tracing::warn!(error = error.message, causes = ?error.causes, "cannot delete what no image needs");
         }
     }
-
-    fn sweep(&self) -> Answer<()> {
-        let mut needed = std::collections::HashSet::new();
-        let mut needed_bases = std::collections::HashSet::new();
-        for row in self.db.images()? {
-            let image = StoredImage::load(&self.blobs, &row.digest)?;
-            needed.insert(row.digest);
-            needed.extend(image.blobs());
-            needed_bases.insert(base_id(&image.digest));
-        }
-        needed_bases.extend(
-            self.engine
-                .list()
-                .iter()
-                .map(|handle| handle.view.borrow().base_id.clone()),
-        );
-        for base in self.bases.list()? {
-            if !needed_bases.contains(&base.id) {
-                tracing::info!(base = %base.id, "deleting a base that nothing needs");
-                self.bases.remove(&base.id)?;
-            }
-        }
-        for (digest, _) in self.blobs.list()? {
-            if !needed.contains(&digest) {
-                self.blobs.remove(&digest)?;
-            }
-        }
-        Ok(())
-    }
 }
 
 /// A normalised reference as users write it.
-fn short(reference: &str) -> String {
+pub(crate) fn short(reference: &str) -> String {
     reference
         .parse::<ImageReference>()
         .map_or_else(|_| reference.to_owned(), |parsed| parsed.short())

@@ -4,14 +4,20 @@
 //! and the next one finds them again.
 
 mod app;
+mod bases;
+mod blocking;
 mod config;
 mod error;
 mod extract;
 mod images;
 mod long_work;
+mod prune;
 mod routes;
 mod socket;
+mod sweep;
 mod time;
+mod usage;
+mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -314,7 +314,22 @@ impl KernelStore {
 
     /// Removes the bundle `id`, damaged or not. Whether somebody uses it is the caller's concern.
     pub fn remove(&self, id: &KernelId) -> Result<(), KernelError> {
-        let _lock = FileLock::exclusive(&self.lock).map_err(failed("lock", &self.lock))?;
+        let lock = FileLock::exclusive(&self.lock).map_err(failed("lock", &self.lock))?;
+        self.remove_locked(id, &lock)
+    }
+
+    /// As [`remove`](Self::remove), but leaves the default alone, also one that becomes the default just now. Says whether
+    /// the bundle went.
+    pub fn remove_unless_default(&self, id: &KernelId) -> Result<bool, KernelError> {
+        // A bundle that is being added is published and made the default under this lock.
+        let lock = FileLock::exclusive(&self.lock).map_err(failed("lock", &self.lock))?;
+        if self.default()?.id == *id {
+            return Ok(false);
+        }
+        self.remove_locked(id, &lock).map(|()| true)
+    }
+
+    fn remove_locked(&self, id: &KernelId, _lock: &FileLock) -> Result<(), KernelError> {
         let dir = self.kernels.join(id.as_str());
         let grave = self.staging()?;
         match std::fs::rename(&dir, grave.path().join("bundle")) {
@@ -657,8 +672,14 @@ mod tests {
         assert_eq!(reopened.default().unwrap(), first);
         reopened.set_default(&second.id).unwrap();
         assert_eq!(fixture.store.default().unwrap(), second);
+        assert!(!fixture.store.remove_unless_default(&second.id).unwrap());
+        assert_eq!(fixture.store.default().unwrap(), second);
         fixture.store.remove(&second.id).unwrap();
         assert_eq!(fixture.store.default().unwrap(), first);
+        let third = fixture.add("other", "agent").await.unwrap();
+        fixture.store.set_default(&first.id).unwrap();
+        assert!(fixture.store.remove_unless_default(&third.id).unwrap());
+        assert_eq!(fixture.store.list().unwrap(), [first.clone()]);
         std::fs::write(fixture.path("data/kernels/default"), "nonsense").unwrap();
         assert_eq!(fixture.store.default().unwrap(), first);
         assert!(matches!(

@@ -9,6 +9,7 @@
 //! A blob is published by writing elsewhere, fsync of the file, rename, fsync of the folder. What a blob means (manifest,
 //! config, layer), and which ones are still needed, is not known here.
 
+use std::ffi::OsStr;
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
@@ -210,16 +211,27 @@ impl BlobStore {
 
     /// Reads the blob from end to end and compares it with its name.
     pub fn verify(&self, digest: &Digest) -> Result<(), BlobError> {
+        self.verify_watched(digest, &mut |_| true).map(drop)
+    }
+
+    /// As [`verify`](Self::verify), telling `moved` after each piece how far it is. Gives the number of bytes, or `None`
+    /// if `moved` says to stop.
+    pub fn verify_watched(
+        &self,
+        digest: &Digest,
+        moved: &mut dyn FnMut(u64) -> bool,
+    ) -> Result<Option<u64>, BlobError> {
         let path = self.path(digest);
         let mut hasher = Sha256::new();
-        hash_file(&mut self.open_blob(digest)?, &mut hasher).map_err(BlobError::io("read", &path))?;
-        if finish(hasher) != *digest {
+        let mut file = self.open_blob(digest)?;
+        let read = hash_watched(&mut file, &mut hasher, moved).map_err(BlobError::io("read", &path))?;
+        if read.is_some() && finish(hasher) != *digest {
             return Err(BlobError::Damaged {
                 digest: *digest,
                 path,
             });
         }
-        Ok(())
+        Ok(read)
     }
 
     fn read_error(digest: &Digest, path: PathBuf, action: &'static str, source: io::Error) -> BlobError {
@@ -326,6 +338,58 @@ impl BlobStore {
         Ok(removed)
     }
 
+    /// Every download that was begun and is not whole, also one that somebody works on, in the order of their digests.
+    pub fn downloads(&self) -> Result<Vec<PartialDownload>, BlobError> {
+        let dir = &self.places.downloads;
+        let mut downloads = Vec::new();
+        for entry in fs::read_dir(dir).map_err(BlobError::io("list", dir))? {
+            let entry = entry.map_err(BlobError::io("list", dir))?;
+            let Some(digest) = digest_of(&entry.file_name()) else {
+                continue;
+            };
+            let metadata = match entry.metadata() {
+                Ok(metadata) => metadata,
+                // Finished since the folder was read.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(source) => {
+                    return Err(BlobError::Io {
+                        action: "look at",
+                        path: entry.path(),
+                        source,
+                    });
+                }
+            };
+            downloads.push(PartialDownload {
+                digest,
+                bytes: metadata.len(),
+                modified: metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
+            });
+        }
+        downloads.sort_by_key(|download| download.digest);
+        Ok(downloads)
+    }
+
+    /// Removes what has come of a download, unless somebody works on it. Says whether it went.
+    pub fn remove_download(&self, digest: &Digest) -> Result<bool, BlobError> {
+        let path = self.places.downloads.join(digest.hex());
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+            Err(source) => {
+                return Err(BlobError::Io {
+                    action: "open",
+                    path,
+                    source,
+                });
+            }
+        };
+        if file.try_lock().is_err() {
+            return Ok(false);
+        }
+        fs::remove_file(&path).map_err(BlobError::io("remove", &path))?;
+        Ok(true)
+    }
+
     /// Removes the blob; it is no error if there is none. Whoever has it open reads on.
     pub fn remove(&self, digest: &Digest) -> Result<(), BlobError> {
         let path = self.path(digest);
@@ -346,10 +410,7 @@ impl BlobStore {
         for entry in fs::read_dir(dir).map_err(BlobError::io("list", dir))? {
             let entry = entry.map_err(BlobError::io("list", dir))?;
             let name = entry.file_name();
-            let Some(digest) = name
-                .to_str()
-                .and_then(|hex| format!("sha256:{hex}").parse::<Digest>().ok())
-            else {
+            let Some(digest) = digest_of(&name) else {
                 continue;
             };
             match entry.metadata() {
@@ -382,6 +443,22 @@ impl BlobStore {
         fs::rename(path, &place).map_err(BlobError::io("publish", &place))?;
         fsync_dir(&self.places.blobs).map_err(BlobError::io("write", &self.places.blobs))
     }
+}
+
+/// What has come of a download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PartialDownload {
+    /// The blob that it shall be.
+    pub digest: Digest,
+    /// Bytes that are there.
+    pub bytes: u64,
+    /// When the last of them came.
+    pub modified: SystemTime,
+}
+
+/// The digest that a file is named after.
+fn digest_of(name: &OsStr) -> Option<Digest> {
+    format!("sha256:{}", name.to_str()?).parse().ok()
 }
 
 /// A blob being written, hashed as it goes. Dropped without [`commit`](Self::commit), it leaves nothing behind.
@@ -591,14 +668,26 @@ fn hash_of(bytes: &[u8]) -> Digest {
 
 /// Hashes from the file's position to its end, leaves the position there, and gives the number of bytes.
 fn hash_file(file: &mut File, hasher: &mut Sha256) -> io::Result<u64> {
+    Ok(hash_watched(file, hasher, &mut |_| true)?.unwrap_or_default())
+}
+
+/// The same; `None` if `moved`, which hears how far it is, says to stop.
+fn hash_watched(
+    file: &mut File,
+    hasher: &mut Sha256,
+    moved: &mut dyn FnMut(u64) -> bool,
+) -> io::Result<Option<u64>> {
     let mut buffer = vec![0; READ_SIZE];
     let mut total = 0;
     loop {
         match file.read(&mut buffer) {
-            Ok(0) => return Ok(total),
+            Ok(0) => return Ok(Some(total)),
             Ok(count) => {
                 hasher.update(&buffer[..count]);
                 total += count as u64;
+                if !moved(total) {
+                    return Ok(None);
+                }
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),
@@ -668,6 +757,11 @@ mod tests {
             })
         ));
         store.verify(&digest).unwrap();
+        assert_eq!(
+            store.verify_watched(&digest, &mut |done| done == 5).unwrap(),
+            Some(5)
+        );
+        assert_eq!(store.verify_watched(&digest, &mut |_| false).unwrap(), None);
         fs::write(store.path(&digest), b"hellO").unwrap();
         assert!(matches!(
             store.read_small(&digest, 100),
@@ -708,7 +802,17 @@ mod tests {
         again.write_all(b"abc").unwrap();
         assert_eq!(again.commit().unwrap(), 3);
 
-        drop(store.download(&hash_of(b"never")).unwrap().unwrap());
+        let never = hash_of(b"never");
+        let mut begun = store.download(&never).unwrap().unwrap();
+        begun.write_all(b"ne").unwrap();
+        let listed = store.downloads().unwrap();
+        assert_eq!((listed.len(), listed[0].digest, listed[0].bytes), (1, never, 2));
+        assert!(!store.remove_download(&never).unwrap());
+        drop(begun);
+        assert!(store.remove_download(&never).unwrap());
+        assert!(!store.remove_download(&never).unwrap());
+
+        drop(store.download(&never).unwrap().unwrap());
         assert_eq!(store.sweep_downloads(Duration::from_secs(3600)).unwrap(), 0);
         assert_eq!(store.sweep_downloads(Duration::ZERO).unwrap(), 1);
         let mut unwanted = store.download(&wanted).unwrap().unwrap();

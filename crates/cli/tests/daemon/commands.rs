@@ -97,15 +97,17 @@ fn long_work_ends_with_its_result() {
         let failed = json!({"type": "failed", "error": {"kind": "bad-content", "message": "cannot prepare `bad`",
             "causes": ["digest mismatch"], "hints": []}});
         match line {
-            "POST /v1/images/prepare?reference=good" => lines(
+            "POST /v1/images/prepare?force=false&reference=good" => lines(
                 &[
                     &progress[..],
                     &[json!({"type": "done", "result": image("good:latest")})],
                 ]
                 .concat(),
             ),
-            "POST /v1/images/prepare?reference=bad" => lines(&[&progress[..], &[failed]].concat()),
-            "POST /v1/images/prepare?reference=cut" => lines(&progress),
+            "POST /v1/images/prepare?force=false&reference=bad" => {
+                lines(&[&progress[..], &[failed]].concat())
+            }
+            "POST /v1/images/prepare?force=false&reference=cut" => lines(&progress),
             _ => not_found("no such image"),
         }
     });
@@ -459,4 +461,115 @@ fn completions_are_written() {
             "{shell}"
         );
     }
+}
+
+#[test]
+fn prune_asks_before_it_deletes_and_only_people() {
+    let report = json!({"removed": [{"kind": "kernel", "name": "0101010101010101", "bytes": 1048576}],
+        "freed_bytes": 1048576, "kept_for_grace": [], "grace_s": 60, "failed": [], "notes": []});
+    let mut failed = report.clone();
+    failed["failed"] =
+        json!([{"item": {"kind": "base", "name": "ab", "bytes": 1}, "reason": "permission denied"}]);
+    let busy = json!({"kind": "conflict", "message": "cannot prune now: images or VMs are being made", "causes": [],
+        "hints": ["try again"]});
+    let fake = Fake::start(move |line, _| match line {
+        "POST /v1/system/prune?all=false" => answer(200, &report),
+        "POST /v1/system/prune?all=true&grace_s=90" => answer(200, &failed),
+        "POST /v1/system/prune?all=true&grace_s=0" => answer(409, &busy),
+        _ => not_found("nothing there"),
+    });
+    let output = fake.run(&["prune"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(2), ""));
+    insta::assert_snapshot!(text(&output.stderr), @r"
+    error: cannot ask whether to delete: standard input is not a terminal
+    hint: write `offshoot prune --force`
+    ");
+    assert!(fake.requests().is_empty());
+
+    let output = fake.run(&["prune", "-f"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    insta::assert_snapshot!(text(&output.stdout), @r"
+    KIND     NAME               SIZE
+    kernel   0101010101010101   1MiB
+
+    Freed 1MiB
+    ");
+    let output = fake.run(&["prune", "-f", "--output", "json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["freed_bytes"], 1_048_576);
+
+    let output = fake.run(&["prune", "-fa", "--grace", "1m 30s"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        text(&output.stderr),
+        "error: cannot remove base ab: permission denied\n"
+    );
+    let output = fake.run(&["prune", "-fa", "--grace", "0s"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).starts_with("error: cannot prune now"));
+}
+
+#[test]
+fn damage_has_status_1_and_a_remedy() {
+    let part = |state: &str| json!({"part": "base", "name": "root.erofs", "bytes": 4096, "state": state, "reason": null});
+    let report = move |state: &str, hints: &[&str]| {
+        let result = json!({"reference": "img:latest", "digest": format!("sha256:{}", "0a".repeat(32)),
+            "parts": [part(state)], "hints": hints});
+        lines(&[json!({"type": "done", "result": result})])
+    };
+    let fake = Fake::start(move |line, _| match line {
+        "POST /v1/images/verify?reference=good" => report("ok", &[]),
+        "POST /v1/images/verify?reference=new" => report("not-prepared", &[]),
+        "POST /v1/images/verify?reference=bad" => report(
+            "damaged",
+            &["make the base again: `offshoot image prepare --force bad`"],
+        ),
+        _ => not_found("no such image"),
+    });
+    for (image, code) in [("good", 0), ("new", 0), ("bad", 1), ("none", 1)] {
+        assert_eq!(
+            fake.run(&["image", "verify", image]).status.code(),
+            Some(code),
+            "{image}"
+        );
+    }
+    let output = fake.run(&["image", "verify", "bad"]);
+    insta::assert_snapshot!(text(&output.stdout), @r"
+    PART   NAME         SIZE   RESULT
+    base   root.erofs   4KiB   DAMAGED
+    hint: make the base again: `offshoot image prepare --force bad`
+    ");
+    let output = fake.run(&["image", "verify", "bad", "--output", "json"]);
+    assert_eq!(output.status.code(), Some(1));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["parts"][0]["state"], "damaged");
+}
+
+#[test]
+fn reset_goes_to_each_vm() {
+    let fake = Fake::start(|line, _| match line {
+        "POST /v1/vms/a/reset?force=true" | "POST /v1/vms/a/reset?force=false" => answer(200, &vm("created")),
+        _ => not_found("no such VM: `b`"),
+    });
+    let output = fake.run(&["reset", "-f", "a", "b"]);
+    assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), "a\n"));
+    assert_eq!(fake.run(&["reset", "a"]).status.code(), Some(0));
+    assert_eq!(fake.requests()[2], "POST /v1/vms/a/reset?force=false");
+}
+
+#[test]
+fn df_is_the_daemons_own_json() {
+    let fake = Fake::start(|line, _| {
+        assert_eq!(line, "GET /v1/system/df");
+        answer(200, &json!({"totals": {"disk": 4096}}))
+    });
+    let output = fake.run(&["df", "--output", "json"]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        (&json["totals"]["disk"], &json["templates"]),
+        (&json!(4096), &json!([]))
+    );
+    let output = fake.run(&["df", "-v"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert!(text(&output.stdout).contains("Disk:    4KiB in all"));
 }

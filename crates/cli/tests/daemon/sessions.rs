@@ -32,6 +32,7 @@ fn details(state: &str, tty: bool) -> serde_json::Value {
 fn run_attaches_before_it_starts_and_ends_with_the_status() {
     let polls = Arc::new(AtomicUsize::new(0));
     let fake = Fake::start(move |line, request| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
         "POST /v1/vms" => answer(201, &vm("created")),
         "GET /v1/vms/abababababab/attach?logs=false&stdin=false" => {
             session(request, |mut socket| async move {
@@ -58,6 +59,7 @@ fn run_attaches_before_it_starts_and_ends_with_the_status() {
     assert_eq!(
         fake.requests(),
         [
+            "GET /v1/images?reference=img",
             "POST /v1/vms",
             "GET /v1/vms/abababababab/attach?logs=false&stdin=false",
             "POST /v1/vms/abababababab/start",
@@ -71,6 +73,7 @@ fn run_attaches_before_it_starts_and_ends_with_the_status() {
 #[test]
 fn input_is_piped_through_while_output_comes() {
     let fake = Fake::start(|line, request| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
         "POST /v1/vms" => answer(201, &vm("created")),
         "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
         _ => session(request, |mut socket| async move {
@@ -96,6 +99,7 @@ fn input_is_piped_through_while_output_comes() {
     assert!(output.stdout == input);
     // Without -i nothing is passed on, whatever there is.
     let fake = Fake::start(|line, request| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
         "POST /v1/vms" => answer(201, &vm("created")),
         "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
         _ => session(request, |mut socket| async move {
@@ -114,6 +118,7 @@ fn input_is_piped_through_while_output_comes() {
 #[test]
 fn signals_go_to_the_process() {
     let fake = Fake::start(|line, request| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
         "POST /v1/vms" => answer(201, &vm("created")),
         "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
         _ => session(request, |mut socket| async move {
@@ -152,6 +157,7 @@ fn signals_go_to_the_process() {
 #[test]
 fn a_signal_does_not_wait_behind_input_that_nobody_reads() {
     let fake = Fake::start(|line, request| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
         "POST /v1/vms" => answer(201, &vm("created")),
         "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
         line if line.contains("/attach") => session(request, |mut socket| async move {
@@ -197,6 +203,7 @@ fn a_signal_does_not_wait_behind_input_that_nobody_reads() {
 fn an_interrupt_while_starting_leaves_nothing() {
     for background in [true, false] {
         let fake = Fake::start(|line, request| match line {
+            "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
             "POST /v1/vms" => answer(201, &vm("created")),
             "POST /v1/vms/abababababab/start" => Box::pin(std::future::pending()),
             "DELETE /v1/vms/abababababab?force=true" => crate::fake::now(crate::fake::response(204, "")),
@@ -222,6 +229,7 @@ fn an_interrupt_while_starting_leaves_nothing() {
 fn a_start_that_fails_removes_the_vm_with_rm_only() {
     let start = |rm: bool, exit_status: serde_json::Value| {
         let fake = Fake::start(move |line, request| match line {
+            "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
             "POST /v1/vms" => answer(201, &vm("created")),
             "POST /v1/vms/abababababab/start" => answer(
                 422,
@@ -250,25 +258,14 @@ fn a_start_that_fails_removes_the_vm_with_rm_only() {
 
 #[test]
 fn a_missing_image_is_pulled_once() {
-    let pulled = Arc::new(AtomicBool::new(false));
-    let make = {
-        let pulled = Arc::clone(&pulled);
-        move |line: &str, _| match line {
-            "POST /v1/vms" if pulled.load(Ordering::Relaxed) => answer(201, &vm("created")),
-            "POST /v1/images/pull" => {
-                pulled.store(true, Ordering::Relaxed);
-                lines(&[json!({"type": "done", "result": image("img:latest")})])
-            }
-            "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
-            _ => not_found("no image `img`"),
-        }
-    };
-    let fake = Fake::start(make);
-    let output = fake.run(&["run", "-d", "--pull", "never", "img"]);
-    assert_eq!(
-        (output.status.code(), fake.requests()),
-        (Some(1), vec!["POST /v1/vms".to_owned()])
-    );
+    let fake = Fake::start(|line, _| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([])),
+        "GET /v1/images?reference=other" => answer(200, &json!([image("other:latest")])),
+        "POST /v1/images/pull" => lines(&[json!({"type": "done", "result": image("img:latest")})]),
+        "POST /v1/vms" => answer(201, &vm("created")),
+        "POST /v1/vms/abababababab/start" => answer(200, &vm("running")),
+        _ => not_found("no such VM"),
+    });
     let output = fake.run(&["run", "-d", "img"]);
     assert_eq!(
         (output.status.code(), text(&output.stdout)),
@@ -278,31 +275,108 @@ fn a_missing_image_is_pulled_once() {
         text(&output.stderr),
         "Unable to find image `img` in the store, pulling it\n"
     );
+    let expected = [
+        "GET /v1/images?reference=img",
+        "POST /v1/images/pull",
+        "POST /v1/vms",
+        "POST /v1/vms/abababababab/start",
+    ];
+    assert_eq!(fake.requests(), expected);
+    // What is prepared costs one small request; what is pulled anyway costs none.
+    fake.run(&["create", "other"]);
+    fake.run(&["create", "--pull", "always", "other"]);
     assert_eq!(
-        fake.requests()[1..],
+        fake.requests()[expected.len()..],
         [
+            "GET /v1/images?reference=other",
             "POST /v1/vms",
-            "GET /v1/images/inspect?reference=img",
             "POST /v1/images/pull",
-            "POST /v1/vms",
-            "POST /v1/vms/abababababab/start"
+            "POST /v1/vms"
         ]
     );
-    // What is missing may be something else.
+    // The daemon says that it is missing when it shall not be pulled.
     let fake = Fake::start(|line, _| match line {
-        "POST /v1/vms" => not_found("there is no kernel yet"),
-        _ => answer(
-            200,
-            &json!({"config": {}, "architecture": "", "os": "", "layers": [], "base": null,
-            "reference": "img", "digest": format!("sha256:{}", "0a".repeat(32)), "created_ms": 0, "size": 1, "prepared": true}),
-        ),
+        "POST /v1/vms" => not_found("no such image: `img`"),
+        _ => answer(200, &json!([])),
+    });
+    let output = fake.run(&["run", "-d", "--pull", "never", "img"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(
+        text(&output.stderr),
+        "error: no such image: `img`\nhint: run `offshoot ps -a`\n"
+    );
+    assert_eq!(fake.requests(), ["GET /v1/images?reference=img", "POST /v1/vms"]);
+}
+
+#[test]
+fn an_image_that_is_not_prepared_is_prepared_first() {
+    let unprepared = || {
+        let mut unprepared = image("img:latest");
+        unprepared["prepared"] = json!(false);
+        answer(200, &json!([unprepared]))
+    };
+    let fails = Arc::new(AtomicBool::new(false));
+    let fake = Fake::start({
+        let fails = Arc::clone(&fails);
+        move |line, _| match line {
+            "GET /v1/images?reference=img" => unprepared(),
+            "POST /v1/images/prepare?force=false&reference=img" if fails.load(Ordering::Relaxed) => {
+                lines(&[json!({"type": "failed", "error": {"kind": "bad-content",
+                    "message": "cannot prepare image 0a0a", "causes": ["a layer is damaged"], "hints": []}})])
+            }
+            "POST /v1/images/prepare?force=false&reference=img" => lines(&[
+                json!({"type": "progress", "progress": {"event": "message",
+                    "text": "waiting for another preparation of image 0a0a"}}),
+                json!({"type": "done", "result": image("img:latest")}),
+            ]),
+            "POST /v1/vms" => answer(201, &vm("created")),
+            _ => not_found("no such VM"),
+        }
     });
     let output = fake.run(&["create", "img"]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    assert_eq!(
+        fake.requests(),
+        [
+            "GET /v1/images?reference=img",
+            "POST /v1/images/prepare?force=false&reference=img",
+            "POST /v1/vms"
+        ]
+    );
+    fails.store(true, Ordering::Relaxed);
+    let output = fake.run(&["create", "--quiet", "img"]);
     assert_eq!((output.status.code(), text(&output.stdout)), (Some(1), ""));
     assert_eq!(
         text(&output.stderr),
-        "error: there is no kernel yet\nhint: run `offshoot ps -a`\n"
+        "error: cannot prepare image 0a0a\n  caused by: a layer is damaged\n"
     );
+    assert_eq!(fake.requests().len(), 5, "nothing is created after that");
+}
+
+#[test]
+fn verbose_says_what_was_decided_and_why() {
+    let fake = Fake::start(|line, _| match line {
+        "GET /v1/images?reference=img" => answer(200, &json!([image("img:latest")])),
+        "POST /v1/vms" => answer(201, &vm("created")),
+        "GET /v1/vms/abababababab" => {
+            let mut details = details("created", false);
+            details["vmm"] = json!({"chosen": "qemu", "reasons": ["emulated in software: no /dev/kvm"],
+                "passed_over": [{"name": "firecracker", "reason": "it needs KVM"}]});
+            // A daemon that knows nothing of what was passed over.
+            details["root"] = json!({"chosen": "block", "reasons": ["asked for"]});
+            answer(200, &details)
+        }
+        _ => not_found("no such VM"),
+    });
+    let output = fake.run(&["create", "--verbose", "img"]);
+    assert_eq!(
+        (output.status.code(), text(&output.stdout)),
+        (Some(0), format!("{ID}\n").as_str())
+    );
+    insta::assert_snapshot!(text(&output.stderr), @"
+    vmm: qemu (emulated in software: no /dev/kvm); not firecracker: it needs KVM
+    root: block (asked for)
+    ");
 }
 
 #[test]

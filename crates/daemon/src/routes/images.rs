@@ -1,4 +1,4 @@
-//! Images: list, pull, import, bootstrap, prepare, remove.
+//! Images: list, pull, import, bootstrap, prepare, verify, remove.
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -6,7 +6,8 @@ use axum::http::StatusCode;
 use axum::response::Response;
 use futures::StreamExt as _;
 use offshoot_api::image::{
-    BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PullRequest,
+    BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImagesQuery, ImportQuery,
+    PrepareQuery, PullRequest, VerifyReport,
 };
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use utoipa_axum::router::OpenApiRouter;
@@ -16,6 +17,7 @@ use crate::app::Shared;
 use crate::error::Answer;
 use crate::extract::{JsonBody, Query};
 use crate::long_work;
+use crate::verify;
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
@@ -25,11 +27,19 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(import))
         .routes(routes!(bootstrap))
         .routes(routes!(prepare))
+        .routes(routes!(verify))
 }
 
-#[utoipa::path(get, path = "/v1/images", responses((status = 200, body = [ImageSummary])))]
-async fn list(State(app): State<Shared>) -> Answer<Json<Vec<ImageSummary>>> {
-    Ok(Json(app.images.list().await?))
+#[utoipa::path(get, path = "/v1/images", params(ImagesQuery),
+    responses((status = 200, body = [ImageSummary])))]
+async fn list(
+    State(app): State<Shared>,
+    Query(query): Query<ImagesQuery>,
+) -> Answer<Json<Vec<ImageSummary>>> {
+    Ok(Json(match query.reference {
+        None => app.images.list().await?,
+        Some(reference) => app.images.find(&reference).await?.into_iter().collect(),
+    }))
 }
 
 #[utoipa::path(delete, path = "/v1/images", params(ImageRemoveQuery),
@@ -73,8 +83,18 @@ async fn bootstrap(State(app): State<Shared>, JsonBody(request): JsonBody<Bootst
     long_work::answer(|progress| async move { app.images.bootstrap(request, &progress).await })
 }
 
-#[utoipa::path(post, path = "/v1/images/prepare", params(ImageQuery),
+#[utoipa::path(post, path = "/v1/images/prepare", params(PrepareQuery),
     responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
-async fn prepare(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Response {
-    long_work::answer(|progress| async move { app.images.prepare(&query.reference, &progress).await })
+async fn prepare(State(app): State<Shared>, Query(query): Query<PrepareQuery>) -> Response {
+    long_work::answer(
+        |progress| async move { app.images.prepare(&query.reference, query.force, &progress).await },
+    )
+}
+
+#[utoipa::path(post, path = "/v1/images/verify", params(ImageQuery),
+    responses((status = 200, content_type = "application/x-ndjson", body = VerifyReport)))]
+async fn verify(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Response {
+    long_work::answer(
+        |progress| async move { verify::verify(&app.images, &query.reference, &progress).await },
+    )
 }

@@ -1,17 +1,25 @@
-//! The daemon itself: what it is, and what is wrong with its host.
+//! The daemon itself: what it is, what is wrong with its host, what everything takes, and what can go.
 
 use axum::Json;
 use axum::extract::State;
+use offshoot_api::prune::{PruneQuery, PruneReport};
 use offshoot_api::system::{DoctorReport, SystemInfo, VmmSummary};
+use offshoot_api::usage::DiskUsage;
 use offshoot_model::{Finding, Severity};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::Shared;
 use crate::error::Answer;
+use crate::extract::Query;
+use crate::{sweep, usage};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
-    OpenApiRouter::new().routes(routes!(info)).routes(routes!(doctor))
+    OpenApiRouter::new()
+        .routes(routes!(info))
+        .routes(routes!(doctor))
+        .routes(routes!(df))
+        .routes(routes!(preview, prune))
 }
 
 #[utoipa::path(get, path = "/v1/system/info", responses((status = 200, body = SystemInfo)))]
@@ -72,4 +80,21 @@ async fn doctor(State(app): State<Shared>) -> Answer<Json<DoctorReport>> {
         },
     });
     Ok(Json(DoctorReport { findings }))
+}
+
+#[utoipa::path(get, path = "/v1/system/df", responses((status = 200, body = DiskUsage)))]
+async fn df(State(app): State<Shared>) -> Answer<Json<DiskUsage>> {
+    Ok(Json(usage::usage(&app.images, &app.kernels).await?))
+}
+
+#[utoipa::path(get, path = "/v1/system/prune", params(PruneQuery),
+    responses((status = 200, body = PruneReport)))]
+async fn preview(State(app): State<Shared>, Query(query): Query<PruneQuery>) -> Answer<Json<PruneReport>> {
+    Ok(Json(sweep::preview(&app.images, &app.kernels, query).await?))
+}
+
+#[utoipa::path(post, path = "/v1/system/prune", params(PruneQuery),
+    responses((status = 200, body = PruneReport), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn prune(State(app): State<Shared>, Query(query): Query<PruneQuery>) -> Answer<Json<PruneReport>> {
+    Ok(Json(sweep::prune(&app.images, &app.kernels, query).await?))
 }

@@ -54,6 +54,7 @@ pub(super) fn summary(vm: &VmRecord) -> VmSummary {
         started_ms: vm.life.started_ms,
         finished_ms: vm.life.finished_ms,
         exit: vm.life.exit,
+        degraded: Vec::new(),
     }
 }
 
@@ -187,6 +188,7 @@ async fn inspect(State(app): State<Shared>, Path(name): Path<String>) -> Answer<
     let decision = |choice: &Choice| Decision {
         chosen: choice.chosen.clone(),
         reasons: choice.reasons.clone(),
+        passed_over: Vec::new(),
     };
     let disk_bytes = if handle.paths.data().exists() {
         offshoot_sys::space::disk_usage(handle.paths.data()).unwrap_or(0)

@@ -69,6 +69,11 @@ pub struct BasePaths {
 }
 
 impl BasePaths {
+    /// The folder itself.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// See [`Base::root_erofs`].
     pub fn root_erofs(&self) -> PathBuf {
         self.dir.join(manifest::ROOT)
@@ -172,13 +177,8 @@ impl BaseStore {
 
     /// Every base that is whole, in the order of their ids.
     pub fn list(&self) -> Result<Vec<Base>, BaseError> {
-        let dir = &self.shared.bases;
         let mut bases = Vec::new();
-        for entry in std::fs::read_dir(dir).map_err(BaseError::io("list", dir))? {
-            let name = entry.map_err(BaseError::io("list", dir))?.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.parse::<BaseId>().ok()) else {
-                continue;
-            };
+        for id in self.ids()? {
             match self.shared.load(&id) {
                 Ok(base) => bases.push(base),
                 // Removed since the folder was read.
@@ -188,8 +188,19 @@ impl BaseStore {
                 }
             }
         }
-        bases.sort_by(|a, b| a.id.cmp(&b.id));
         Ok(bases)
+    }
+
+    /// The id of everything that takes the place of a base, whole, damaged or of another version, in order.
+    pub fn ids(&self) -> Result<Vec<BaseId>, BaseError> {
+        let dir = &self.shared.bases;
+        let mut ids = Vec::new();
+        for entry in std::fs::read_dir(dir).map_err(BaseError::io("list", dir))? {
+            let name = entry.map_err(BaseError::io("list", dir))?.file_name();
+            ids.extend(name.to_str().and_then(|name| name.parse::<BaseId>().ok()));
+        }
+        ids.sort();
+        Ok(ids)
     }
 
     /// Removes a base, damaged or whole; it is no error if there is none. Waits for a preparation of it in another process.
