@@ -50,7 +50,7 @@ fn ensure(golden: &Path) {
     let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).expect("a folder");
     std::fs::set_permissions(&root, PermissionsExt::from_mode(0o711)).expect("chmod");
-    let mut daemon = Making(crate::spawn(&root));
+    let mut daemon = Making(crate::spawn(&root, ""));
     let socket = root.join("run/api.sock");
     let offshoot = |arguments: &[&str]| {
         let mut command = Command::new(bin_dir().join("offshoot"));

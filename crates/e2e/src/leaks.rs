@@ -3,6 +3,8 @@
 use std::path::Path;
 use std::process::Command;
 
+use crate::Process;
+
 /// Processes, mounts and loop devices that have to do with a folder.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Inventory {
@@ -14,33 +16,27 @@ pub struct Inventory {
 impl Inventory {
     /// What there is of `folder` now.
     pub fn of(folder: &Path) -> Self {
-        let folder = folder.to_string_lossy().into_owned();
-        let named = |text: String| {
-            text.lines()
-                .filter(|line| line.contains(&folder))
+        let text = folder.to_string_lossy().into_owned();
+        let named = |lines: String| {
+            lines
+                .lines()
+                .filter(|line| line.contains(&text))
                 .map(str::to_owned)
                 .collect()
         };
+        // A virtiofsd may share a folder from anywhere, but its log lies with its VM.
+        let mut processes: Vec<_> = Process::all()
+            .into_iter()
+            .filter(|process| process.concerns(folder))
+            .map(|process| process.line)
+            .collect();
+        processes.sort();
         Self {
-            processes: processes(&folder),
+            processes,
             mounts: named(std::fs::read_to_string("/proc/mounts").unwrap_or_default()),
             loops: named(losetup()),
         }
     }
-}
-
-/// The command lines of processes that name `folder`; zombies have none, so they are counted by their state.
-fn processes(folder: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let line = std::fs::read(entry.path().join("cmdline")).unwrap_or_default();
-        let line = String::from_utf8_lossy(&line).replace('\0', " ");
-        if line.contains(folder) {
-            found.push(line);
-        }
-    }
-    found.sort();
-    found
 }
 
 fn losetup() -> String {

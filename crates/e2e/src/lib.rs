@@ -15,8 +15,15 @@
 )]
 #![expect(clippy::print_stderr, reason = "what a failed test said is for people")]
 
+mod blocks;
+mod facts;
 mod golden;
+mod http;
+mod layout;
 mod leaks;
+mod processes;
+mod random;
+mod refusal;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -26,7 +33,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+pub use blocks::{allocated, flip_byte, own_copy, put_byte, sha256};
+pub use facts::{FILE_FACTS, ODD_FACTS, XATTR_FACTS, sample, unpack, view};
+pub use layout::{Layout, ODD_FILES, odd_layer, tar_of};
 pub use leaks::Inventory;
+pub use processes::{Process, signal};
+pub use random::Random;
+pub use refusal::{refused, refused_by_the_api, stored};
 
 /// The image that every test finds in its store.
 pub const IMAGE: &str = "debian:bookworm";
@@ -49,6 +62,7 @@ pub struct Daemon {
     child: Child,
     before: Inventory,
     small_disk: Option<SmallDisk>,
+    settings: String,
     root: tempfile::TempDir,
 }
 
@@ -64,14 +78,28 @@ impl Drop for SmallDisk {
 impl Daemon {
     /// A daemon with the golden image and kernel.
     pub fn start() -> Self {
+        Self::start_with("")
+    }
+
+    /// As [`start`](Self::start), with more lines in the daemon's config.
+    pub fn start_with(settings: &str) -> Self {
         let root = Self::folder();
         golden::link_into(&root.path().join("data"));
-        Self::start_in(root, None)
+        Self::start_in(root, settings, None)
+    }
+
+    /// A daemon with the golden image and kernel, but nothing prepared; with more lines in its config.
+    pub fn start_unprepared(settings: &str) -> Self {
+        let root = Self::folder();
+        let data = root.path().join("data");
+        golden::link_into(&data);
+        remove_below(&data.join("bases"));
+        Self::start_in(root, settings, None)
     }
 
     /// A daemon with nothing in it.
     pub fn start_empty() -> Self {
-        Self::start_in(Self::folder(), None)
+        Self::start_in(Self::folder(), "", None)
     }
 
     /// A daemon with nothing in it, whose data directory is a file system of so many MiB.
@@ -85,7 +113,7 @@ impl Daemon {
             .status()
             .expect("mount");
         assert!(mounted.success(), "mount");
-        Self::start_in(root, Some(SmallDisk(data)))
+        Self::start_in(root, "", Some(SmallDisk(data)))
     }
 
     fn folder() -> tempfile::TempDir {
@@ -98,15 +126,16 @@ impl Daemon {
         root
     }
 
-    fn start_in(root: tempfile::TempDir, small_disk: Option<SmallDisk>) -> Self {
+    fn start_in(root: tempfile::TempDir, settings: &str, small_disk: Option<SmallDisk>) -> Self {
         // A disk that the test itself mounted is no leak.
         let mut before = Inventory::of(root.path());
         before.mounts.clear();
-        let child = spawn(root.path());
+        let child = spawn(root.path(), settings);
         let daemon = Self {
             child,
             before,
             small_disk,
+            settings: settings.to_owned(),
             root,
         };
         daemon.wait_ready();
@@ -174,8 +203,42 @@ impl Daemon {
 
     /// Starts it again on the same directories.
     pub fn start_again(&mut self) {
-        self.child = spawn(self.root.path());
+        self.child = spawn(self.root.path(), &self.settings);
         self.wait_ready();
+    }
+
+    /// Deletes every base under the daemon's hands: the image's next use prepares it again.
+    pub fn forget_bases(&self) {
+        remove_below(&self.data().join("bases"));
+    }
+
+    /// How many bases were really prepared, by the daemon's own word.
+    pub fn preparations(&self) -> usize {
+        self.log().matches("prepared a base").count()
+    }
+
+    /// Starts VMs side by side, each by the arguments of one `run -d`.
+    pub fn start_all(&self, runs: &[Vec<&str>]) {
+        self.all_ok(runs.iter().map(|run| [&["run", "-d"], run.as_slice()].concat()));
+    }
+
+    /// Runs commands side by side; all must succeed.
+    pub fn all_ok<S: AsRef<OsStr>>(&self, commands: impl IntoIterator<Item = Vec<S>>) {
+        let children: Vec<_> = commands
+            .into_iter()
+            .map(|command| {
+                let cli = self.cli(command);
+                (format!("{:?}", cli.command), cli.spawn())
+            })
+            .collect();
+        // All of them before the first complaint: nothing shall run on behind a failed test.
+        let outputs: Vec<_> = children
+            .into_iter()
+            .map(|(shown, child)| (shown, child.wait_with_output().expect("the CLI ends")))
+            .collect();
+        for (shown, output) in outputs {
+            assert!(output.status.success(), "{shown}: {}", text(&output.stderr));
+        }
     }
 
     /// Removes every VM, stops the daemon and fails if anything is left of it.
@@ -217,7 +280,7 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log\n{}", self.log());
             let _ = self.cli(["ps", "-aq"]).run();
             if self.child.try_wait().is_ok_and(|exit| exit.is_some()) {
-                self.child = spawn(self.root.path());
+                self.child = spawn(self.root.path(), &self.settings);
                 let began = Instant::now();
                 while began.elapsed() < Duration::from_secs(5)
                     && !self.cli(["version"]).run().status.success()
@@ -237,14 +300,15 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(root: &Path) -> Child {
+fn spawn(root: &Path, settings: &str) -> Child {
     let config = root.join("config.toml");
     // Tests of the agent itself leave one beside the daemon that is not static.
     let agent = bin_dir()
         .parent()
         .expect("target")
         .join("x86_64-unknown-linux-gnu/agent/offshoot-agent");
-    std::fs::write(&config, format!("agent = {:?}\n", agent.display().to_string())).expect("the config");
+    let lines = format!("agent = {:?}\n{settings}\n", agent.display().to_string());
+    std::fs::write(&config, lines).expect("the config");
     let log = File::options()
         .create(true)
         .append(true)
@@ -268,6 +332,23 @@ fn spawn(root: &Path) -> Child {
         .stderr(log)
         .spawn()
         .expect("offshootd starts; run `make test`, which builds it")
+}
+
+/// Deletes what is in a folder, but not the folder.
+fn remove_below(folder: &Path) {
+    for name in names(folder) {
+        std::fs::remove_dir_all(folder.join(name)).expect("remove");
+    }
+}
+
+/// Says something to whoever reads a test's output.
+pub fn tell(words: &str) {
+    eprintln!("{words}");
+}
+
+/// Lets time pass, where time itself is what the test varies.
+pub fn after(time: Duration) {
+    std::thread::sleep(time);
 }
 
 /// The names in a folder; none where it is missing.

@@ -1,10 +1,9 @@
 //! Images from registries and archives, end to end.
 
 use std::net::TcpListener;
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use offshoot_e2e::{Daemon, IMAGE, names, text, wait_until};
+use offshoot_e2e::{Daemon, IMAGE, Layout, names, text, wait_until};
 
 /// Debian's registry on a loopback port of its own.
 struct Registry {
@@ -68,36 +67,13 @@ impl Drop for Registry {
     }
 }
 
-/// An OCI layout of the golden image's own layer, written by hand out of what `inspect` and the blobs say.
-fn layout_of_the_golden_image(daemon: &Daemon, into: &Path) {
-    let details: serde_json::Value = serde_json::from_str(&daemon.ok(["image", "inspect", IMAGE])).unwrap();
-    let details = if details.is_array() {
-        details[0].clone()
-    } else {
-        details
-    };
-    let digest = details["digest"].as_str().unwrap();
-    let blobs = into.join("blobs/sha256");
-    std::fs::create_dir_all(&blobs).unwrap();
-    for name in names(&daemon.data().join("blobs/sha256")) {
-        std::fs::hard_link(daemon.data().join("blobs/sha256").join(&name), blobs.join(&name)).unwrap();
-    }
-    let manifest = blobs.join(digest.strip_prefix("sha256:").unwrap());
-    let size = std::fs::metadata(manifest).unwrap().len();
-    std::fs::write(into.join("oci-layout"), r#"{"imageLayoutVersion":"1.0.0"}"#).unwrap();
-    let index = format!(
-        r#"{{"schemaVersion":2,"manifests":[{{"mediaType":"application/vnd.oci.image.manifest.v1+json","digest":"{digest}","size":{size},"annotations":{{"org.opencontainers.image.ref.name":"layout"}}}}]}}"#
-    );
-    std::fs::write(into.join("index.json"), index).unwrap();
-}
-
 #[test]
 fn an_image_pushed_by_skopeo_is_pulled_and_runs() {
     let daemon = Daemon::start();
     let registry = Registry::start();
     // On the data's file system, for the hard links.
     let layout = daemon.root().join("layout");
-    layout_of_the_golden_image(&daemon, &layout);
+    Layout::of_the_golden_image(&daemon, &layout);
     registry.push(&format!("oci:{}:layout", layout.display()), "team/debian:12");
     let reference = format!("127.0.0.1:{}/team/debian:12", registry.port);
     daemon.ok(["image", "pull", &reference]);
@@ -123,7 +99,7 @@ fn an_image_pushed_by_skopeo_is_pulled_and_runs() {
 fn archives_of_every_kind_become_images_that_run() {
     let daemon = Daemon::start();
     let layout = daemon.root().join("layout");
-    layout_of_the_golden_image(&daemon, &layout);
+    Layout::of_the_golden_image(&daemon, &layout);
     let archive = daemon.root().join("docker.tar");
     let output = Command::new("skopeo")
         .args([

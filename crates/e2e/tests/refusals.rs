@@ -4,24 +4,7 @@ use std::io::Write as _;
 use std::path::Path;
 use std::process::Command;
 
-use offshoot_e2e::{Daemon, IMAGE, bin_dir, names, text};
-
-/// It fails with status 1, says `what`, gives a hint, and leaves the store as it was.
-fn refused(daemon: &Daemon, arguments: &[&str], what: &str) {
-    let stored = |daemon: &Daemon| {
-        let data = daemon.data();
-        ["vms", "tmp", "bases", "blobs/sha256", "kernels"].map(|folder| names(&data.join(folder)))
-    };
-    let before = stored(daemon);
-    let error = daemon.cli(arguments).fails(1);
-    assert!(error.starts_with("error: "), "{arguments:?}: {error}");
-    assert!(
-        error.to_lowercase().contains(&what.to_lowercase()),
-        "{arguments:?} does not say {what:?}: {error}"
-    );
-    assert!(error.contains("hint: "), "{arguments:?} gives no hint: {error}");
-    assert_eq!(stored(daemon), before, "{arguments:?} left something");
-}
+use offshoot_e2e::{Daemon, IMAGE, bin_dir, refused, tar_of, text};
 
 #[test]
 fn requests_that_make_no_sense() {
@@ -34,7 +17,6 @@ fn requests_that_make_no_sense() {
     refused(&daemon, &["run", "UPPER", "true"], "image reference");
     refused(&daemon, &["run", "--memory", "0", IMAGE, "true"], "memory");
     refused(&daemon, &["run", "--cpus", "0", IMAGE, "true"], "vcpus");
-    refused(&daemon, &["run", "--root", "virtiofs", IMAGE, "true"], "root");
     refused(
         &daemon,
         &["run", "--vmm", "firecracker", IMAGE, "true"],
@@ -88,22 +70,6 @@ fn no_daemon() {
     assert_eq!(output.status.code(), Some(3));
     let error = text(&output.stderr);
     assert!(error.contains("offshootd") && error.contains("hint: "), "{error}");
-}
-
-/// Makes a tar of a tree.
-fn tar_of(tar: &Path, fill: impl FnOnce(&Path)) {
-    let dir = tempfile::tempdir().unwrap();
-    fill(dir.path());
-    let status = Command::new("tar")
-        .args([
-            "-C",
-            dir.path().to_str().unwrap(),
-            "-cf",
-            tar.to_str().unwrap(),
-            ".",
-        ])
-        .status();
-    assert!(status.unwrap().success());
 }
 
 /// Writes a tar with one entry of any name, as no tar program would.
