@@ -37,8 +37,8 @@ test: install-deps ## Everything, with real VMs (root)
 e2e: ## Only the tests with real VMs (root; after make test)
 	scripts/test e2e
 
-bench: install-deps build ## Print the benchmarks (root)
-	@BIN=$(BIN) scripts/bench
+bench: install-deps build ## Print the benchmarks, all or ONLY=shared (root)
+	@BIN=$(BIN) ONLY="$(ONLY)" scripts/bench
 
 verify: ## Look for what tests or VMs left on this machine
 	@scripts/verify

@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::shared::Started;
+
 /// A daemon with an image and a kernel.
 pub(crate) struct Daemon {
     bin: PathBuf,
@@ -107,15 +109,38 @@ impl Daemon {
         let began = Instant::now();
         self.ok(&["run", "--name", name, IMAGE, "true"])?;
         let wall = began.elapsed();
-        let details = self.inspect(name)?;
+        let theirs = self.theirs(name)?;
         self.ok(&["rm", name])?;
+        Ok(wall.saturating_sub(theirs))
+    }
+
+    /// What QEMU and the guest took of a VM's life up to now.
+    fn theirs(&self, vm: &str) -> Result<Duration> {
+        let details = self.inspect(vm)?;
         let stages = details["timings"].as_array().context("no timings")?;
-        let theirs: u64 = stages
+        let theirs = stages
             .iter()
             .filter(|stage| THEIRS.iter().any(|theirs| stage["stage"] == *theirs))
             .filter_map(|stage| stage["duration_us"].as_u64())
             .sum();
-        Ok(wall.saturating_sub(Duration::from_micros(theirs)))
+        Ok(Duration::from_micros(theirs))
+    }
+
+    /// `offshoot run -d --name NAME IMAGE sleep`, and a first command in it.
+    pub(crate) fn start_vm(&self, name: &str, root: &str, memory: &str) -> Result<Started> {
+        let began = Instant::now();
+        self.ok(&[
+            "run", "-d", "--name", name, "--root", root, "--memory", memory, IMAGE, "sleep", "100000",
+        ])?;
+        let run = began.elapsed();
+        self.ok(&["exec", name, "true"])?;
+        let first_command = began.elapsed().saturating_sub(run);
+        let outside = run.saturating_sub(self.theirs(name)?);
+        Ok(Started {
+            run,
+            outside,
+            first_command,
+        })
     }
 }
 

@@ -1,6 +1,6 @@
 //! Offshoot measured against what it is made of, in the same run, on the same machine.
 //!
-//! `offshoot-bench BIN_DIR BARE_INIT` prints, for every comparison, N, p50, p90 and p99 of both sides and the ratio of
+//! `offshoot-bench BIN_DIR BARE_INIT [NAME...]` prints, for every comparison or for those that are named, N, p50, p90 and p99 of both sides and the ratio of
 //! the medians. Runs of A and B alternate, so that a machine that gets slower slows both. Nothing here asserts.
 
 #![expect(clippy::print_stdout, reason = "it prints what it measured")]
@@ -9,10 +9,12 @@ mod bare;
 mod daemon;
 mod import;
 mod samples;
+mod shared;
+mod usage;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 
 use crate::daemon::Daemon;
 use crate::samples::{Samples, compare};
@@ -22,23 +24,41 @@ const RUNS: usize = 15;
 /// Imports of each side.
 const IMPORTS: usize = 5;
 
+/// Every comparison by its name.
+const NAMES: [&str; 3] = ["cold-run", "import", "shared"];
+
 fn main() -> Result<()> {
-    let mut arguments = std::env::args_os().skip(1).map(PathBuf::from);
-    let bin = arguments
-        .next()
-        .context("usage: offshoot-bench BIN_DIR BARE_INIT")?;
-    let init = arguments
-        .next()
-        .context("usage: offshoot-bench BIN_DIR BARE_INIT")?;
+    let usage = || {
+        format!(
+            "usage: offshoot-bench BIN_DIR BARE_INIT [NAME...], where NAME is one of {}",
+            NAMES.join(", ")
+        )
+    };
+    let mut arguments = std::env::args().skip(1);
+    let bin = arguments.next().map(PathBuf::from).with_context(usage)?;
+    let init = arguments.next().map(PathBuf::from).with_context(usage)?;
+    let mut names: Vec<String> = arguments.collect();
+    if let Some(unknown) = names.iter().find(|name| !NAMES.contains(&name.as_str())) {
+        bail!("no comparison is called `{unknown}`; {}", usage());
+    }
+    if names.is_empty() {
+        names = NAMES.map(str::to_owned).to_vec();
+    }
     let daemon = Daemon::start(&bin)?;
     println!("{}\n", daemon.ok(&["system", "info"])?);
-    cold_run(&daemon, &init)?;
-    import::against_the_usual_tools(&daemon, IMPORTS)?;
+    for name in names {
+        match name.as_str() {
+            "cold-run" => cold_run(&daemon, &init)?,
+            "import" => import::against_the_usual_tools(&daemon, IMPORTS)?,
+            "shared" => shared::many_vms_of_one_image(&daemon)?,
+            _ => bail!("{}", usage()),
+        }
+    }
     Ok(())
 }
 
 /// `run --rm IMAGE true` against a bare QEMU with the same arguments, kernel and disks, and the least of an init.
-fn cold_run(daemon: &Daemon, init: &std::path::Path) -> Result<()> {
+fn cold_run(daemon: &Daemon, init: &Path) -> Result<()> {
     let bare = bare::Bare::like_a_vm_of(daemon, init)?;
     let (mut ours, mut theirs, mut outside) = (Samples::new(), Samples::new(), Samples::new());
     // One of each first, so that nobody pays for cold caches.

@@ -45,11 +45,21 @@ fn mounts_that_cannot_be() {
     // What our CLI does not even send.
     let api =
         |mounts: &[(&Path, &str)], what: &str| refused_by_the_api(&daemon, "/v1/vms", &request(mounts), what);
-    for source in ["relative", "./relative", "../relative", ""] {
-        api(&[(Path::new(source), "/a")], source);
+    for source in ["relative", "./relative", "../relative"] {
+        api(&[(Path::new(source), "/a")], "relative");
     }
-    for target in ["/", "//", "/.", "relative", "./relative", "", "/a/../b", "/.."] {
-        api(&[(&folder, target)], target);
+    api(&[(Path::new(""), "/a")], "");
+    for (target, what) in [
+        ("/", "/"),
+        ("//", "/"),
+        ("/.", "/"),
+        ("relative", "relative"),
+        ("./relative", "relative"),
+        ("/a/../b", "/a/../b"),
+        ("/..", "/.."),
+        ("", ""),
+    ] {
+        api(&[(&folder, target)], what);
     }
     for again in ["/a", "/a/", "/a//", "/a/.", "//a", "/./a"] {
         api(&[(&folder, "/a"), (&folder, again)], "/a");
