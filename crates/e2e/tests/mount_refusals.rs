@@ -57,6 +57,9 @@ fn mounts_that_cannot_be() {
         ("./relative", "relative"),
         ("/a/../b", "/a/../b"),
         ("/..", "/.."),
+        ("/proc/x", "/proc/x"),
+        ("/sys", "/sys"),
+        ("/dev/../x", "/dev/../x"),
         ("", ""),
     ] {
         api(&[(&folder, target)], what);
