@@ -460,6 +460,8 @@ fn is_plain_absolute(path: &Path) -> bool {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     /// A plan with nothing but what it must have.
@@ -487,6 +489,92 @@ pub(crate) mod tests {
             agent: AgentChannel::VirtioSerial,
             identity: None,
         }
+    }
+
+    /// Absolute paths with what command lines trip over.
+    fn path() -> impl Strategy<Value = PathBuf> {
+        let odd = prop::sample::select(r#",,==::[]@"'\ -%$#"#.chars().collect::<Vec<_>>());
+        let piece = prop_oneof![
+            odd.prop_map(String::from),
+            "[^\\x00-\\x1f\\x7f]",
+            "[a-z]{1,8}",
+            "/"
+        ];
+        prop::collection::vec(piece, 0..12).prop_map(|pieces| format!("/{}", pieces.concat()).into())
+    }
+
+    /// Valid plans with all kinds of devices, for a VMM with this channel to the agent.
+    pub(crate) fn any_plan(
+        agent: impl Strategy<Value = AgentChannel>,
+        accel: Accel,
+    ) -> impl Strategy<Value = LaunchPlan> {
+        let boot = (
+            path(),
+            prop::option::of(path()),
+            prop::collection::vec("[!#-~]{1,8}", 0..6),
+        );
+        let size = (1u32..=MAX_CPUS, 16u64..100_000, any::<bool>());
+        let disks = prop::collection::vec((path(), any::<bool>()), 0..7);
+        let pmems = prop::collection::vec((path(), 1u64..3000, any::<bool>()), 0..4);
+        let shares = prop::collection::vec((path(), "[a-zA-Z0-9_.-]{0,20}"), 0..7);
+        let nets = prop::collection::vec((prop::option::of("[a-zA-Z0-9_.-]{1,15}"), any::<u16>()), 0..4);
+        (agent, boot, size, disks, pmems, shares, nets).prop_map(
+            move |(agent, (kernel, initramfs, cmdline), (cpus, mib, virtio), disks, pmems, shares, nets)| {
+                let tap = || {
+                    let null = std::fs::File::open("/dev/null").expect("it is there");
+                    NetBackend::TapFd(Arc::new(null.into()))
+                };
+                let plan = LaunchPlan {
+                    cpus,
+                    memory: ByteSize::from_mib(mib),
+                    accel,
+                    kernel,
+                    initramfs,
+                    cmdline,
+                    console_device: if virtio {
+                        ConsoleDevice::Virtio
+                    } else {
+                        ConsoleDevice::Serial
+                    },
+                    disks: disks
+                        .into_iter()
+                        .enumerate()
+                        .map(|(n, (path, read_only))| DiskPlan {
+                            serial: format!("disk-{n}"),
+                            path,
+                            read_only,
+                        })
+                        .collect(),
+                    pmems: pmems
+                        .into_iter()
+                        .map(|(path, units, read_only)| PmemPlan {
+                            path,
+                            size: ByteSize::from_mib(2 * units),
+                            read_only,
+                        })
+                        .collect(),
+                    shares: shares
+                        .into_iter()
+                        .enumerate()
+                        .map(|(n, (socket, tag))| SharePlan {
+                            tag: format!("{tag}{n}"),
+                            socket,
+                        })
+                        .collect(),
+                    nets: nets
+                        .into_iter()
+                        .map(|(name, low)| NetPlan {
+                            backend: name.map_or_else(tap, NetBackend::Tap),
+                            mac: Mac([2, 0, 0, 0, low.to_be_bytes()[0], low.to_be_bytes()[1]]),
+                        })
+                        .collect(),
+                    agent,
+                    ..bare_plan()
+                };
+                plan.validate().expect("the strategy makes valid plans");
+                plan
+            },
+        )
     }
 
     #[test]
