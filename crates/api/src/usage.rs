@@ -35,6 +35,7 @@ pub struct DiskUsage {
 
 /// Some files.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
 pub struct FileUsage {
     /// How many.
     pub count: u64,
@@ -46,6 +47,7 @@ pub struct FileUsage {
 
 /// The blobs of all images. `bytes` is `shared`, `unique` and `unneeded` together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
 pub struct BlobUsage {
     /// How many.
     pub count: u64,
@@ -155,6 +157,7 @@ pub struct VmUsage {
 
 /// Blocks that a VM's own disks take. `allocated` is `unique` and `shared` together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
 pub struct VmDiskUsage {
     /// Bytes on disk.
     pub allocated: u64,
@@ -166,6 +169,7 @@ pub struct VmDiskUsage {
 
 /// Memory of processes as the host's kernel counts it (`proc(5)`, `smaps`).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
 pub struct MemoryUsage {
     /// How many processes these are: the VMM, and one virtiofsd for every share.
     pub processes: u64,
@@ -183,6 +187,7 @@ pub struct MemoryUsage {
 
 /// Everything together.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
 pub struct UsageTotals {
     /// Bytes on disk. What VMs share with bases and with one another is counted with the bases.
     pub disk: u64,

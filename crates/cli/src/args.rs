@@ -194,6 +194,7 @@ mod tests {
           kill        End VMs at once, or signal their main processes
           pause       Let VMs stand still
           resume      Let paused VMs go on [alias: unpause]
+          reset       Drop what VMs wrote to `/`, keep their work disks
           rm          Remove VMs [alias: remove]
           ps          List VMs
           inspect     Show everything about a VM, as JSON
@@ -206,6 +207,8 @@ mod tests {
           image       Work with images
           kernel      Work with kernels
           system      Look at the daemon
+          df          Show what everything takes on disk, and VMs in memory
+          prune       Delete what nothing needs any more
           doctor      Check what this machine can do; status 1 when VMs cannot run
           completion  Write a completion script
           version     Show the versions of client and daemon
@@ -233,6 +236,7 @@ mod tests {
         Options:
           -d, --detach                    Run in the background and print the VM's id
           -q, --quiet                     Show no progress
+              --verbose                   Say which VMM and which root was chosen, and why
               --name <NAME>               Name of the VM [default: made up]
           -i, --interactive               Keep standard input open
           -t, --tty                       Give the main process a terminal
@@ -314,12 +318,44 @@ mod tests {
 
     #[test]
     fn help_of_prune() {
-        insta::assert_snapshot!(help(&["prune"]), @"");
+        insta::assert_snapshot!(help(&["prune"]), @r#"
+        Delete what nothing needs any more
+
+        Usage: offshoot prune [OPTIONS]
+
+        Options:
+          -f, --force             Do not ask
+          -a, --all               Also the bases of images that no VM uses; they are made again when they
+                                  are needed
+              --grace <DURATION>  Keep what was made or used so short a time ago, such as 30m or 0s
+                                  [default: the daemon's setting, 1h]
+              --output <FORMAT>   How to show the result [default: table] [possible values: table, json]
+          -h, --help              Print help (see more with '--help')
+
+        Global options:
+              --socket <PATH>  Where the daemon listens [env: OFFSHOOT_SOCKET] [default:
+                               /run/offshoot/api.sock]
+        "#);
     }
 
     #[test]
     fn help_of_reset() {
-        insta::assert_snapshot!(help(&["reset"]), @"");
+        insta::assert_snapshot!(help(&["reset"]), @r#"
+        Drop what VMs wrote to `/`, keep their work disks
+
+        Usage: offshoot reset [OPTIONS] <VM>...
+
+        Arguments:
+          <VM>...  Names or ids
+
+        Options:
+          -f, --force  Kill a VM that runs
+          -h, --help   Print help
+
+        Global options:
+              --socket <PATH>  Where the daemon listens [env: OFFSHOOT_SOCKET] [default:
+                               /run/offshoot/api.sock]
+        "#);
     }
 
     #[test]

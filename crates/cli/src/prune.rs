@@ -16,7 +16,7 @@ pub(crate) struct PruneArgs {
     /// Do not ask
     #[arg(short, long)]
     force: bool,
-    /// Also what images were prepared into, where no VM uses it; it is made again when it is needed
+    /// Also the bases of images that no VM uses; they are made again when they are needed
     #[arg(short, long)]
     all: bool,
     /// Keep what was made or used so short a time ago, such as 30m or 0s [default: the daemon's setting, 1h]
@@ -169,17 +169,37 @@ mod tests {
 
     #[test]
     fn what_went_is_listed() {
-        insta::assert_snapshot!(done_text(&report()), @"");
+        insta::assert_snapshot!(done_text(&report()), @r#"
+        KIND       NAME                                                                      SIZE
+        download   sha256:0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a   9MiB
+        base       6e30af7834c973f2801c9f60222fadac                                          180MiB
+        tree       0123456789abcdef0123456789abcdef                                          500MiB
+        kernel     0101010101010101                                                          60MiB
+
+        Freed 749MiB
+        Kept 2 more (2MiB), made or used less than 1h ago: `--grace 0s` takes them as well
+        "#);
         let nothing = PruneReport {
             notes: vec!["all blobs stay, because image `a:1` cannot be read: \u{1b}[2J".into()],
             ..PruneReport::default()
         };
-        insta::assert_snapshot!(done_text(&nothing), @"");
+        insta::assert_snapshot!(done_text(&nothing), @r#"
+        Nothing to delete
+        note: all blobs stay, because image `a:1` cannot be read: \u{1b}[2J
+        "#);
     }
 
     #[test]
     fn what_would_go_is_listed_before_the_question() {
-        insta::assert_snapshot!(foreseen_text(&report()), @"");
+        insta::assert_snapshot!(foreseen_text(&report()), @r#"
+        Nothing needs any more:
+
+        KIND       NAME                                                                      SIZE
+        download   sha256:0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a   9MiB
+        base       6e30af7834c973f2801c9f60222fadac                                          180MiB
+        tree       0123456789abcdef0123456789abcdef                                          500MiB
+        kernel     0101010101010101                                                          60MiB
+        "#);
         assert_eq!(foreseen_text(&PruneReport::default()), "");
         for (answer, expected) in [
             ("y\n", true),

@@ -120,13 +120,13 @@ fn memory(usage: &DiskUsage) -> String {
         _ => format!("{running} VMs take"),
     };
     text.push_str(&format!(
-        " {}: {} for themselves, {} as their part of shared pages",
+        " {}: {} private, and {} as a part of shared pages",
         size(pss),
         size(unique),
         size(pss.saturating_sub(unique))
     ));
     if swap > 0 {
-        text.push_str(&format!(", and {} in swap", size(swap)));
+        text.push_str(&format!("; {} in swap", size(swap)));
     }
     text
 }
@@ -336,13 +336,62 @@ mod tests {
 
     #[test]
     fn df_looks_like_dockers() {
-        insta::assert_snapshot!(summary(&example()), @"");
-        insta::assert_snapshot!(summary(&DiskUsage::default()), @"");
+        insta::assert_snapshot!(summary(&example()), @r#"
+        TYPE        COUNT   SIZE     SHARED   UNIQUE   RECLAIMABLE
+        Images      3       54MiB    30MiB    22MiB    2MiB
+        Downloads   1       1MiB                       1MiB
+        Bases       1       681MiB                     500MiB
+        Kernels     1       60MiB                      0B
+        Templates   0       0B                         0B
+        VMs         2       10MiB    2MiB     8MiB     0B
+        Logs        4       16KiB                      0B
+
+        Disk:    804MiB in all
+        Memory:  1 VM takes 120MiB: 100MiB private, and 20MiB as a part of shared pages
+        Prune:   `offshoot prune` frees 503MiB, `offshoot prune --all` 503MiB
+        "#);
+        insta::assert_snapshot!(summary(&DiskUsage::default()), @r#"
+        TYPE        COUNT   SIZE   SHARED   UNIQUE   RECLAIMABLE
+        Images      0       0B     0B       0B       0B
+        Downloads   0       0B                       0B
+        Bases       0       0B                       0B
+        Kernels     0       0B                       0B
+        Templates   0       0B                       0B
+        VMs         0       0B     0B       0B       0B
+        Logs        0       0B                       0B
+
+        Disk:    0B in all
+        Memory:  no VM runs
+        Prune:   `offshoot prune` frees 0B, `offshoot prune --all` 0B
+        "#);
     }
 
     #[test]
     fn verbose_df_lists_everything() {
-        insta::assert_snapshot!(items(&example()), @"");
+        insta::assert_snapshot!(items(&example()), @r#"
+        Images:
+
+        REFERENCE                   DIGEST         SIZE    SHARED   UNIQUE   BASE
+        debian:bookworm debian:12   070707070707   50MiB   30MiB    20MiB    01010101010101010101010101010101
+        app:v1                      070707070707   32MiB   30MiB    2MiB     (not prepared)
+        old:1                       070707070707   30MiB   30MiB    0B       (damaged)
+
+        Bases:
+
+        ID                                 IMAGES                      VMS   SIZE     ROOT     SEEDS   TREE     RECLAIMABLE
+        01010101010101010101010101010101   debian:bookworm debian:12   2     681MiB   180MiB   1MiB    500MiB   500MiB
+
+        Kernels:
+
+        ID                 RELEASE                     VMS   SIZE    RECLAIMABLE   DEFAULT
+        0202020202020202   6.12.43+deb12-cloud-amd64   2     60MiB   0B            *
+
+        VMs:
+
+        NAME           ID             STATE     BASE                               DISK   SHARED   UNIQUE   LOGS   RSS      PSS      PRIVATE
+        web            abababababab   running   01010101010101010101010101010101   5MiB   1MiB     4MiB     8KiB   200MiB   120MiB   100MiB
+        clever-otter   121212121212   stopped   01010101010101010101010101010101   5MiB   1MiB     4MiB     8KiB
+        "#);
     }
 
     #[test]
@@ -352,6 +401,8 @@ mod tests {
         usage.totals.memory.pss = 240 * MIB;
         usage.totals.memory.unique = 200 * MIB;
         usage.totals.memory.swap = MIB;
-        insta::assert_snapshot!(memory(&usage), @"");
+        insta::assert_snapshot!(memory(&usage), @r#"
+        2 VMs take 240MiB: 200MiB private, and 40MiB as a part of shared pages; 1MiB in swap
+        "#);
     }
 }

@@ -98,7 +98,13 @@ mod tests {
             hints: vec!["make the base again: `offshoot image prepare --force debian:bookworm`".into()],
         };
         assert!(report.is_damaged());
-        insta::assert_snapshot!(text(&report), @"");
+        insta::assert_snapshot!(text(&report), @r#"
+        PART       NAME                                                                      SIZE    RESULT
+        manifest   sha256:0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a   500B    ok
+        layer      sha256:0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a0a   48MiB   DAMAGED: it is not in the store
+        base       6e30af7834c973f2801c9f60222fadac                                          0B      not prepared
+        hint: make the base again: `offshoot image prepare --force debian:bookworm`
+        "#);
         report.parts.remove(1);
         assert!(!report.is_damaged());
     }

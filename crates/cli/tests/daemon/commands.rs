@@ -1,6 +1,6 @@
 //! Commands without a session, against a daemon with chosen answers.
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
 
@@ -572,4 +572,51 @@ fn df_is_the_daemons_own_json() {
     let output = fake.run(&["df", "-v"]);
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     assert!(text(&output.stdout).contains("Disk:    4KiB in all"));
+}
+
+#[test]
+fn a_person_sees_what_would_go_and_may_say_no() {
+    let fake = Fake::start(|line, _| {
+        let removed = json!([{"kind": "base", "name": "abab", "bytes": 2_097_152}]);
+        match line {
+            "GET /v1/system/prune?all=false" | "POST /v1/system/prune?all=false" => answer(
+                200,
+                &json!({"removed": removed, "freed_bytes": 2_097_152, "grace_s": 3600}),
+            ),
+            _ => answer(
+                200,
+                &json!({"removed": [], "kept_for_grace": removed, "grace_s": 3600}),
+            ),
+        }
+    });
+    let ask = |words: &[&str], reply: &[u8]| {
+        let (mut person, terminal) = crate::sessions::terminal();
+        // Typed ahead: it lies in the terminal until it is asked for.
+        person.write_all(reply).unwrap();
+        let output = fake.offshoot(words).stdin(terminal).output().unwrap();
+        assert_eq!(output.status.code(), Some(0));
+        (text(&output.stdout).to_owned(), text(&output.stderr).to_owned())
+    };
+    let (stdout, stderr) = ask(&["prune"], b"n\n");
+    assert_eq!(stdout, "");
+    insta::assert_snapshot!(stderr, @r#"
+    Nothing needs any more:
+
+    KIND   NAME   SIZE
+    base   abab   2MiB
+
+    Delete all this? [y/N] Nothing was deleted
+    "#);
+    assert_eq!(fake.requests(), ["GET /v1/system/prune?all=false"]);
+    let (stdout, _) = ask(&["prune"], b"y\n");
+    assert!(stdout.ends_with("Freed 2MiB\n"), "{stdout}");
+    assert_eq!(fake.requests()[2], "POST /v1/system/prune?all=false");
+    // Where nothing goes, nothing is asked.
+    let (stdout, stderr) = ask(&["prune", "--all"], b"");
+    assert_eq!(stderr, "");
+    insta::assert_snapshot!(stdout, @r#"
+    Nothing to delete
+    Kept 1 more (2MiB), made or used less than 1h ago: `--grace 0s` takes them as well
+    "#);
+    assert_eq!(fake.requests().len(), 4);
 }

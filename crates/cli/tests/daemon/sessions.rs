@@ -437,7 +437,7 @@ fn a_session_that_is_cut_off_is_an_error() {
 }
 
 /// A terminal of its own: the end that a person would hold, and the end for the program.
-fn terminal() -> (File, OwnedFd) {
+pub(crate) fn terminal() -> (File, OwnedFd) {
     let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
     grantpt(&master).unwrap();
     unlockpt(&master).unwrap();
