@@ -65,21 +65,24 @@ fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
             Err(errno) => return Err(errno.into()),
         };
         let end = seek(source, SeekFrom::Hole(start)).unwrap_or(len).min(len);
-        copy_range(source, target, start, end)?;
+        copy_range(source, start, target, start, end - start)?;
         at = end;
     }
     Ok(())
 }
 
-fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
-    let (mut from, mut to) = (start, start);
-    while from < end {
-        let want = usize::try_from(end - from).unwrap_or(usize::MAX);
-        match copy_file_range(source, Some(&mut from), target, Some(&mut to), want) {
-            Ok(0) => return copy_through_memory(source, target, from, end),
+/// Copies `len` bytes of `source` from `from` on to `target` from `to` on; blocks are shared where the file system can and
+/// both sides lie on its blocks. All of it must be there: a source that ends before is an error.
+pub fn copy_range(source: &File, from: u64, target: &File, to: u64, len: u64) -> io::Result<()> {
+    let end = from + len;
+    let (mut at, mut to) = (from, to);
+    while at < end {
+        let want = usize::try_from(end - at).unwrap_or(usize::MAX);
+        match copy_file_range(source, Some(&mut at), target, Some(&mut to), want) {
+            Ok(0) => return copy_through_memory(source, at, target, to, end - at),
             Ok(_) | Err(Errno::INTR) => {}
             Err(Errno::NOSYS | Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::PERM | Errno::IO) => {
-                return copy_through_memory(source, target, from, end);
+                return copy_through_memory(source, at, target, to, end - at);
             }
             Err(errno) => return Err(errno.into()),
         }
@@ -87,14 +90,14 @@ fn copy_range(source: &File, target: &File, start: u64, end: u64) -> io::Result<
     Ok(())
 }
 
-fn copy_through_memory(source: &File, target: &File, start: u64, end: u64) -> io::Result<()> {
-    let mut buffer = vec![0; BUFFER];
-    let mut at = start;
-    while at < end {
-        let want = usize::try_from(end - at).map_or(BUFFER, |rest| rest.min(BUFFER));
-        source.read_exact_at(&mut buffer[..want], at)?;
-        target.write_all_at(&buffer[..want], at)?;
-        at += want as u64;
+fn copy_through_memory(source: &File, from: u64, target: &File, to: u64, len: u64) -> io::Result<()> {
+    let mut buffer = vec![0; usize::try_from(len).map_or(BUFFER, |len| len.min(BUFFER))];
+    let mut done = 0;
+    while done < len {
+        let want = usize::try_from(len - done).map_or(BUFFER, |rest| rest.min(BUFFER));
+        source.read_exact_at(&mut buffer[..want], from + done)?;
+        target.write_all_at(&buffer[..want], to + done)?;
+        done += want as u64;
     }
     Ok(())
 }
@@ -147,8 +150,17 @@ mod tests {
             .create_new(true)
             .open(dir.path().join("dst"))
             .unwrap();
-        copy_through_memory(&File::open(&source).unwrap(), &target, 0, data.len() as u64).unwrap();
+        let source = File::open(&source).unwrap();
+        copy_through_memory(&source, 0, &target, 0, data.len() as u64).unwrap();
         assert!(std::fs::read(dir.path().join("dst")).unwrap() == data);
+        // A range goes where it is told to, in both ways.
+        copy_through_memory(&source, 1 << 20, &target, 7, 1_000_000).unwrap();
+        copy_range(&source, 1 << 20, &target, 2_000_000, 1_000_000).unwrap();
+        let moved = &data[1 << 20..(1 << 20) + 1_000_000];
+        let found = std::fs::read(dir.path().join("dst")).unwrap();
+        assert!(found[7..1_000_007] == *moved && found[2_000_000..3_000_000] == *moved);
+        assert!(found[..7] == data[..7] && found.len() == data.len());
+        assert!(copy_range(&source, 3_000_000, &target, 0, 2).is_err());
     }
 
     #[test]
