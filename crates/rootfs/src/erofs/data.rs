@@ -11,55 +11,24 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 
 use offshoot_image::layer::{ContentSink, Extent};
-use offshoot_sys::space;
 use rustix::fs::{FallocateFlags, fallocate};
 
 use super::format::BLOCK;
+use crate::room::{Room, SpaceGuard};
 
 /// How much is gathered before it is written.
 const BUFFER: usize = 1 << 20;
-/// How much is written between two looks at the room on the disk. Less than any sensible reserve.
-const CHECK_EVERY: u64 = 32 << 20;
-
-/// Keeps a disk from filling up: below this reserve, writing is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct SpaceGuard {
-    /// The bytes that must stay available.
-    pub reserve: u64,
-}
-
-impl SpaceGuard {
-    /// A reserve for the disk that holds `dir`: 512 MiB, what a host needs to go on working and the database to record what
-    /// happened, but no more than a twentieth of a small disk.
-    pub fn of_disk(dir: &Path) -> io::Result<Self> {
-        Ok(Self {
-            reserve: (space::size(dir)? / 20).min(512 << 20),
-        })
-    }
-}
-
-/// What a full disk is told as, so that it is known for what it is by its kind.
-#[derive(Debug, thiserror::Error)]
-#[error("the disk has {available} bytes left, and {reserve} are kept free")]
-struct NoRoom {
-    available: u64,
-    reserve: u64,
-}
-
 /// An EROFS image whose metadata is still to come.
 #[derive(Debug)]
 pub struct DataWriter {
     pub(super) file: File,
-    dir: std::path::PathBuf,
-    guard: SpaceGuard,
+    room: Room,
     /// The next block to give out.
     next: u64,
     /// Blocks that were given out and are not yet written, the first of them, and how much of the buffer is used.
     buffer: Vec<u8>,
     first: u64,
     used: usize,
-    /// Bytes that may be written before the next look at the disk.
-    unchecked: u64,
 }
 
 impl DataWriter {
@@ -71,44 +40,21 @@ impl DataWriter {
             .create_new(true)
             .mode(0o600)
             .open(path)?;
-        let dir = path.parent().unwrap_or(Path::new("/")).to_path_buf();
-        let buffer = vec![0; BUFFER];
-        let mut writer = Self {
+        let room = Room::new(path.parent().unwrap_or(Path::new("/")), guard);
+        room.take(0)?;
+        Ok(Self {
             file,
-            dir,
-            guard,
+            room,
             next: 1,
-            buffer,
+            buffer: vec![0; BUFFER],
             first: 1,
             used: 0,
-            unchecked: 0,
-        };
-        writer.check_room(0)?;
-        Ok(writer)
+        })
     }
 
     /// The first block after all data.
     pub(super) fn end(&self) -> u64 {
         self.next
-    }
-
-    /// Refuses when the disk would come below its reserve with `more` bytes.
-    pub(super) fn check_room(&mut self, more: u64) -> io::Result<()> {
-        if more <= self.unchecked && self.unchecked > 0 {
-            self.unchecked -= more;
-            return Ok(());
-        }
-        let available = space::available(&self.dir)?;
-        let reserve = self.guard.reserve;
-        // All that may be written until the next look counts as written.
-        if available.saturating_sub(more.max(CHECK_EVERY)) < reserve {
-            return Err(io::Error::new(
-                io::ErrorKind::StorageFull,
-                NoRoom { available, reserve },
-            ));
-        }
-        self.unchecked = CHECK_EVERY.saturating_sub(more);
-        Ok(())
     }
 
     /// Writes what is gathered, but for blocks of zeros: the file has holes there.
@@ -138,7 +84,7 @@ impl DataWriter {
                 end += 1;
             }
             let run = &bytes[start * BLOCK as usize..end * BLOCK as usize];
-            self.check_room(run.len() as u64)?;
+            self.room.take(run.len() as u64)?;
             self.file.write_all_at(run, (first + start as u64) * BLOCK)?;
         }
         Ok(())

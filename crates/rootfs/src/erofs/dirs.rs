@@ -10,6 +10,9 @@
 
 use super::format::{BLOCK, DIRENT, FileType};
 
+/// The longest name (Linux `NAME_MAX`).
+const NAME_MAX: usize = 255;
+
 /// A name and what it takes to write it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Name<'a> {
@@ -73,6 +76,58 @@ pub(super) fn content(names: &[Name<'_>]) -> Vec<u8> {
     content
 }
 
+/// A name as a folder has it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Entry<'a> {
+    pub(super) name: &'a [u8],
+    pub(super) nid: u64,
+    pub(super) file_type: u8,
+}
+
+/// The entries of one block of a folder, `used` bytes of which count. Checked for what every name must be; that names go
+/// upwards from block to block is for the caller to see.
+pub(super) fn entries(used: &[u8]) -> Result<Vec<Entry<'_>>, &'static str> {
+    const OUTSIDE: &str = "an entry of a folder lies outside its block";
+    let field = |at: usize, len: usize| used.get(at..at + len).ok_or(OUTSIDE);
+    let name_at = |n: usize| -> Result<usize, &'static str> {
+        let bytes = field(n * DIRENT as usize + 8, 2)?;
+        Ok(usize::from(u16::from_le_bytes([bytes[0], bytes[1]])))
+    };
+    let first = name_at(0)?;
+    if first == 0 || first % DIRENT as usize != 0 || first > used.len() {
+        return Err("the entries of a folder have no end");
+    }
+    let count = first / DIRENT as usize;
+    let mut entries = Vec::with_capacity(count);
+    for n in 0..count {
+        let start = name_at(n)?;
+        let end = if n + 1 < count {
+            name_at(n + 1)?
+        } else {
+            used.len()
+        };
+        let mut name = used.get(start..end).ok_or(OUTSIDE)?;
+        if n + 1 == count {
+            // Zeros behind the last name fill the block.
+            let len = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+            name = &name[..len];
+        }
+        if name.is_empty() || name.len() > NAME_MAX || name.contains(&b'/') || name.contains(&0) {
+            return Err("a folder has an impossible name");
+        }
+        let nid = field(n * DIRENT as usize, 8)?;
+        entries.push(Entry {
+            name,
+            nid: nid
+                .iter()
+                .rev()
+                .fold(0, |number, byte| number << 8 | u64::from(*byte)),
+            file_type: field(n * DIRENT as usize + 10, 1)?[0],
+        });
+    }
+    Ok(entries)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -91,6 +146,15 @@ mod tests {
                 .collect();
             let content = content(&names);
             assert_eq!(content.len() as u64, size(lengths), "{lengths:?}");
+            let read: Vec<usize> = content
+                .chunks(BLOCK as usize)
+                .flat_map(|block| entries(block).unwrap())
+                .map(|entry| {
+                    assert_eq!((entry.nid, entry.file_type), (7, FileType::Regular as u8));
+                    entry.name.len()
+                })
+                .collect();
+            assert_eq!(read, lengths);
             content
         };
         let small = check(&[1, 2]);

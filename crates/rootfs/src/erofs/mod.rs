@@ -1,4 +1,4 @@
-//! EROFS images made straight from the layers of an image.
+//! EROFS images made straight from the layers of an image, and read back.
 //!
 //! ```text
 //! block 0            superblock at byte 1024
@@ -12,6 +12,9 @@
 //! back what lower layers had and upper ones removed, and writes all else. Files are never compressed and never share
 //! a block with metadata, so a guest that maps the image (virtio-pmem, DAX) uses the host's page cache as it is.
 //!
+//! [`ErofsImage`] reads such an image without the kernel, and [`Walk`] goes through all of its tree: bases are shown in
+//! other forms, and checked, without being mounted.
+//!
 //! The same layers give the same bytes. `docs/formats/erofs.md` describes what is written.
 //!
 //! [`finish`]: DataWriter::finish
@@ -22,5 +25,11 @@ mod format;
 mod layout;
 mod write;
 
-pub use data::{DataWriter, SpaceGuard};
+mod read;
+mod walk;
+
+pub use crate::room::SpaceGuard;
+pub use data::DataWriter;
+pub use read::{Dirent, ErofsImage, ErofsReadError, Inode, InodeKind};
+pub use walk::{Step, Walk};
 pub use write::{ErofsError, Written};

@@ -13,6 +13,11 @@ use crate::support::{Mount, Tar, can_run, fsck, list, sha256};
 
 /// Makes the image of some layers in `dir`.
 pub(crate) fn make(dir: &Path, tars: &[Vec<u8>]) -> PathBuf {
+    make_with_tree(dir, tars).0
+}
+
+/// Makes the image of some layers in `dir`; gives the tree it was made from, too.
+pub(crate) fn make_with_tree(dir: &Path, tars: &[Vec<u8>]) -> (PathBuf, Tree) {
     let path = dir.join(format!("image-{}", std::fs::read_dir(dir).unwrap().count()));
     let mut writer = DataWriter::create(&path, SpaceGuard { reserve: 0 }).unwrap();
     let mut tree = Tree::new();
@@ -47,15 +52,11 @@ pub(crate) fn make(dir: &Path, tars: &[Vec<u8>]) -> PathBuf {
     assert_eq!(written.inodes, tree.inode_count() as u64);
     assert_eq!(written.size, std::fs::metadata(&path).unwrap().len());
     assert_eq!(written.size % (2 << 20), 0);
-    path
+    (path, tree)
 }
 
-#[test]
-fn the_kernel_reads_every_kind_of_file() {
-    if !can_run("the_kernel_reads_every_kind_of_file", &["mount", "fsck.erofs"]) {
-        return;
-    }
-    let dir = tempfile::tempdir().unwrap();
+/// A layer with a file of every kind, one with an attribute of `xattr` bytes.
+pub(crate) fn every_kind(xattr: usize) -> Tar {
     let device = |tar: Tar, flag, name: &str, major, minor| {
         tar.raw(flag, name.as_bytes(), b"", b"", |header| {
             header.set_device_major(major).unwrap();
@@ -74,7 +75,7 @@ fn the_kernel_reads_every_kind_of_file() {
         .entry(b'6', "fifo", "", b"")
         .entry(b'1', "d/other-old", "old", b"")
         .pax(&[
-            ("SCHILY.xattr.user.a", &[b'v'; 5000]),
+            ("SCHILY.xattr.user.a", &vec![b'v'; xattr]),
             ("SCHILY.xattr.user.empty", b""),
             (
                 "SCHILY.xattr.security.capability",
@@ -91,7 +92,16 @@ fn the_kernel_reads_every_kind_of_file() {
     for name in ["!", "-", "..x", ".x", "/", "\u{e9}", "~"] {
         tar = tar.file(&format!("order/{name}n"), name);
     }
-    let image = make(dir.path(), &[tar.end()]);
+    tar
+}
+
+#[test]
+fn the_kernel_reads_every_kind_of_file() {
+    if !can_run("the_kernel_reads_every_kind_of_file", &["mount", "fsck.erofs"]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let image = make(dir.path(), &[every_kind(5000).end()]);
     fsck(&image);
     let mount = Mount::erofs(&image);
     let all = list(mount.path());
@@ -210,14 +220,14 @@ fn a_full_disk_is_seen_before_it_is_full() {
 
 /// A file of a random tree.
 #[derive(Clone, Debug)]
-enum Made {
+pub(crate) enum Made {
     File { size: usize, seed: u8 },
     Link(usize),
     Dirs(usize, usize),
     Xattrs(usize),
 }
 
-fn made() -> impl Strategy<Value = Made> {
+pub(crate) fn made() -> impl Strategy<Value = Made> {
     let size = prop_oneof![
         0..10_000_usize,
         Just(4096),
@@ -232,6 +242,32 @@ fn made() -> impl Strategy<Value = Made> {
     ]
 }
 
+pub(crate) fn content(size: usize, seed: u8) -> Vec<u8> {
+    (0..size)
+        .map(|n| (n / 4096 % 3 * usize::from(seed)) as u8)
+        .collect()
+}
+
+/// A layer with the files of a random tree, called by their number.
+pub(crate) fn tar_of(tree: &[Made]) -> Tar {
+    let mut tar = Tar::default();
+    for (n, made) in tree.iter().enumerate() {
+        let name = format!("{n}");
+        tar = match made {
+            Made::File { size, seed } => tar.file(&name, content(*size, *seed)),
+            Made::Link(len) => tar.raw(b'2', name.as_bytes(), &vec![b'l'; *len], b"", |_| ()),
+            Made::Dirs(count, len) => (0..*count).fold(tar, |tar, m| tar.dir(&format!("{name}/{m:0len$}"))),
+            Made::Xattrs(len) => tar
+                .pax(&[
+                    ("SCHILY.xattr.user.x", &vec![b'x'; *len]),
+                    ("SCHILY.xattr.user.y", b"y"),
+                ])
+                .dir(&name),
+        };
+    }
+    tar
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -240,21 +276,7 @@ proptest! {
         if !can_run("any_tree_reads_back", &["mount", "fsck.erofs"]) {
             return Ok(());
         }
-        let content = |size: usize, seed: u8| (0..size).map(|n| (n / 4096 % 3 * usize::from(seed)) as u8).collect::<Vec<u8>>();
-        let mut tar = Tar::default();
-        for (n, made) in tree.iter().enumerate() {
-            let name = format!("{n}");
-            tar = match made {
-                Made::File { size, seed } => tar.file(&name, content(*size, *seed)),
-                Made::Link(len) => tar.raw(b'2', name.as_bytes(), &vec![b'l'; *len], b"", |_| ()),
-                Made::Dirs(count, len) => {
-                    (0..*count).fold(tar, |tar, m| tar.dir(&format!("{name}/{m:0len$}")))
-                }
-                Made::Xattrs(len) => {
-                    tar.pax(&[("SCHILY.xattr.user.x", &vec![b'x'; *len]), ("SCHILY.xattr.user.y", b"y")]).dir(&name)
-                }
-            };
-        }
+        let tar = tar_of(&tree);
         let dir = tempfile::tempdir().unwrap();
         let image = make(dir.path(), &[tar.end()]);
         fsck(&image);

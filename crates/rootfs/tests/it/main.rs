@@ -9,4 +9,6 @@ mod support;
 
 mod base;
 mod erofs;
+mod read;
+
 mod umoci;
