@@ -8,15 +8,11 @@ use offshoot_image::layer::LayerError;
 use offshoot_model::{BaseId, Digest, ErrorKind, Explain};
 use offshoot_store::blobs::BlobError;
 
-use crate::erofs::ErofsError;
+use crate::compare::CompareError;
+use crate::erofs::{ErofsError, ErofsReadError};
+use crate::room::is_full;
 use crate::seed::SeedError;
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(
-        error.kind(),
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
-    )
-}
+use crate::unpack::UnpackError;
 
 fn io_kind(error: &io::Error) -> ErrorKind {
     if is_full(error) {
@@ -118,6 +114,24 @@ pub enum VerifyError {
         /// The file.
         path: PathBuf,
     },
+    /// The root reads as recorded, but makes no sense.
+    #[error("cannot compare {} with the root", path.display())]
+    Image {
+        /// The tree.
+        path: PathBuf,
+        /// What is wrong.
+        #[source]
+        source: ErofsReadError,
+    },
+    /// The tree is not that of the root.
+    #[error("{} is not what it was unpacked from", path.display())]
+    Tree {
+        /// The tree.
+        path: PathBuf,
+        /// The first difference.
+        #[source]
+        source: CompareError,
+    },
 }
 
 impl Explain for VerifyError {
@@ -126,6 +140,8 @@ impl Explain for VerifyError {
             Self::Base { source } => source.kind(),
             Self::Read { .. } => ErrorKind::Internal,
             Self::Damaged { .. } => ErrorKind::BadContent,
+            Self::Image { source, .. } => source.kind(),
+            Self::Tree { source, .. } => source.kind(),
         }
     }
 
@@ -133,12 +149,10 @@ impl Explain for VerifyError {
         match self {
             Self::Base { source } => source.hints(),
             Self::Read { .. } => Vec::new(),
-            Self::Damaged { path } => {
-                let dir = path.parent().unwrap_or(path).display();
-                vec![format!(
-                    "stop its VMs, remove {dir} and prepare it again: `offshoot image prepare`"
-                )]
+            Self::Damaged { .. } | Self::Tree { .. } => {
+                vec!["make it again, and restart its VMs: `offshoot image prepare --force`".into()]
             }
+            Self::Image { source, .. } => source.hints(),
         }
     }
 }
@@ -173,7 +187,16 @@ pub enum PrepareError {
         #[source]
         source: Arc<ErofsError>,
     },
-    /// The overlay seed cannot be made.
+    /// The image's `/root` cannot be unpacked for the work seed.
+    #[error("cannot prepare image {}: cannot unpack its /root", image.short())]
+    Unpack {
+        /// The image.
+        image: Digest,
+        /// What came back.
+        #[source]
+        source: Arc<UnpackError>,
+    },
+    /// A seed cannot be made.
     #[error("cannot prepare image {}", image.short())]
     Seed {
         /// The image.
@@ -215,6 +238,7 @@ impl Explain for PrepareError {
             Self::Blob { source, .. } => source.kind(),
             Self::Layer { source, .. } => source.kind(),
             Self::Root { source, .. } => source.kind(),
+            Self::Unpack { source, .. } => source.kind(),
             Self::Seed { source, .. } => source.kind(),
             Self::Io { source, .. } => io_kind(source),
             Self::Cancelled { .. } => ErrorKind::Cancelled,
@@ -227,7 +251,77 @@ impl Explain for PrepareError {
             Self::Blob { source, .. } => source.hints(),
             Self::Layer { source, .. } => source.hints(),
             Self::Root { source, .. } => source.hints(),
+            Self::Unpack { source, .. } => source.hints(),
             Self::Seed { source, .. } => source.hints(),
+            Self::Io { source, .. } => io_hints(source),
+            Self::Cancelled { .. } | Self::Stopped { .. } => Vec::new(),
+        }
+    }
+}
+
+/// Why the tree of a base cannot be had. Cheap to clone, as [`PrepareError`] is.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum TreeError {
+    /// There is no such base, or it is damaged.
+    #[error("cannot unpack the tree of base {id}")]
+    Base {
+        /// The base.
+        id: BaseId,
+        /// What is wrong.
+        #[source]
+        source: Arc<BaseError>,
+    },
+    /// It cannot be unpacked.
+    #[error("cannot unpack the tree of base {id}")]
+    Unpack {
+        /// The base.
+        id: BaseId,
+        /// What came back.
+        #[source]
+        source: Arc<UnpackError>,
+    },
+    /// The operating system refused.
+    #[error("cannot unpack the tree of base {id}: cannot {action} {}", path.display())]
+    Io {
+        /// The base.
+        id: BaseId,
+        /// What was tried.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// What came back.
+        #[source]
+        source: Arc<io::Error>,
+    },
+    /// Nobody wanted it any more.
+    #[error("unpacking the tree of base {id} was cancelled")]
+    Cancelled {
+        /// The base.
+        id: BaseId,
+    },
+    /// The thread that unpacked it ended without a result, which is our own mistake.
+    #[error("unpacking the tree of base {id} broke off")]
+    Stopped {
+        /// The base.
+        id: BaseId,
+    },
+}
+
+impl Explain for TreeError {
+    fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Base { source, .. } => source.kind(),
+            Self::Unpack { source, .. } => source.kind(),
+            Self::Io { source, .. } => io_kind(source),
+            Self::Cancelled { .. } => ErrorKind::Cancelled,
+            Self::Stopped { .. } => ErrorKind::Internal,
+        }
+    }
+
+    fn hints(&self) -> Vec<String> {
+        match self {
+            Self::Base { source, .. } => source.hints(),
+            Self::Unpack { source, .. } => source.hints(),
             Self::Io { source, .. } => io_hints(source),
             Self::Cancelled { .. } | Self::Stopped { .. } => Vec::new(),
         }

@@ -1,12 +1,12 @@
-//! Single flight within a process: one preparation for an id, however many wait for it.
+//! Single flight within a process: one piece of work for a base, however many wait for it.
 //!
 //! ```text
-//! join ─► nobody prepares it ─► a blocking thread does ──┬─► outcome to all who wait
+//! join ─► nobody does it ─────► a blocking thread does ──┬─► outcome to all who wait
 //!      └► somebody does ───────► wait ───────────────────┘
 //! the last who waits goes away ─► the thread is told to stop
 //! ```
 //!
-//! Between processes a lock file does the same; see `prepare`.
+//! Between processes a lock file does the same; see `lock`.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -15,24 +15,28 @@ use std::sync::{Arc, Mutex, PoisonError, Weak};
 use offshoot_model::BaseId;
 use tokio::sync::watch;
 
-use super::{Base, PrepareError};
-
-type Outcome = Result<Base, PrepareError>;
-
-/// The preparations that run.
-#[derive(Debug, Default)]
-pub(super) struct Flights {
-    running: Mutex<HashMap<BaseId, Weak<Flight>>>,
+/// The pieces of work of one sort that run, with outcomes of one type.
+#[derive(Debug)]
+pub(super) struct Flights<T> {
+    running: Mutex<HashMap<BaseId, Weak<Flight<T>>>>,
 }
 
-/// One preparation. Dropped by the last who waits.
+impl<T> Default for Flights<T> {
+    fn default() -> Self {
+        Self {
+            running: Mutex::default(),
+        }
+    }
+}
+
+/// One piece of work. Dropped by the last who waits.
 #[derive(Debug)]
-struct Flight {
-    outcome: watch::Receiver<Option<Outcome>>,
+struct Flight<T> {
+    outcome: watch::Receiver<Option<T>>,
     cancelled: Arc<AtomicBool>,
 }
 
-impl Drop for Flight {
+impl<T> Drop for Flight<T> {
     fn drop(&mut self) {
         self.cancelled.store(true, Ordering::Relaxed);
     }
@@ -40,19 +44,19 @@ impl Drop for Flight {
 
 /// A place among those who wait.
 #[derive(Debug)]
-pub(super) struct Seat {
-    flight: Arc<Flight>,
+pub(super) struct Seat<T> {
+    flight: Arc<Flight<T>>,
     joined: bool,
 }
 
-impl Seat {
-    /// Whether the preparation was somebody else's.
+impl<T: Clone> Seat<T> {
+    /// Whether the work was somebody else's.
     pub(super) fn joined(&self) -> bool {
         self.joined
     }
 
     /// Waits for the outcome; `None` if the thread died of a panic.
-    pub(super) async fn outcome(self) -> Option<Outcome> {
+    pub(super) async fn outcome(self) -> Option<T> {
         let mut outcome = self.flight.outcome.clone();
         outcome
             .wait_for(Option::is_some)
@@ -62,13 +66,13 @@ impl Seat {
     }
 }
 
-impl Flights {
-    /// Joins the preparation of `id`, or starts the one that `work` makes, which is given the flag that stops it.
+impl<T: Clone + Send + Sync + 'static> Flights<T> {
+    /// Joins the work for `id`, or starts the one that `work` makes, which is given the flag that stops it.
     ///
     /// Must be called within a Tokio runtime.
-    pub(super) fn join<W>(&self, id: &BaseId, work: impl FnOnce(Arc<AtomicBool>) -> W) -> Seat
+    pub(super) fn join<W>(&self, id: &BaseId, work: impl FnOnce(Arc<AtomicBool>) -> W) -> Seat<T>
     where
-        W: FnOnce() -> Outcome + Send + 'static,
+        W: FnOnce() -> T + Send + 'static,
     {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(flight) = running.get(id).and_then(Weak::upgrade)

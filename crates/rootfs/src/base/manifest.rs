@@ -12,12 +12,15 @@ use super::error::BaseError;
 
 pub(super) const ROOT: &str = "root.erofs";
 pub(super) const OVERLAY_SEED: &str = "overlay-seed.ext4";
+pub(super) const WORK_SEED: &str = "work-seed.ext4";
 pub(super) const MANIFEST: &str = "base.json";
+/// Made when somebody needs it, and no part of what makes a base whole.
+pub(super) const TREE: &str = "tree";
 
 /// The format of the folder and of its manifest.
-pub(super) const FORMAT: u32 = 1;
+pub(super) const FORMAT: u32 = 2;
 /// Whatever changes the bytes of a base but the image: raise the number of a part when its bytes change.
-pub(super) const VARIANT: &str = "root.erofs=1 overlay-seed.ext4=1";
+pub(super) const VARIANT: &str = "root.erofs=1 overlay-seed.ext4=1 work-seed.ext4=1";
 
 /// The largest manifest that is read: ours have less than one KiB.
 const LIMIT: u64 = 64 << 10;
@@ -25,7 +28,7 @@ const LIMIT: u64 = 64 << 10;
 /// What a base is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BaseManifest {
-    /// The format of the folder: 1.
+    /// The format of the folder: 2.
     pub format: u32,
     /// The image it was made from.
     pub image: Digest,
@@ -35,6 +38,8 @@ pub struct BaseManifest {
     pub root: RootInfo,
     /// The overlay seed.
     pub overlay_seed: SeedInfo,
+    /// The work seed.
+    pub work_seed: SeedInfo,
 }
 
 /// `root.erofs`.
@@ -52,11 +57,16 @@ pub struct RootInfo {
     pub writer: String,
 }
 
-/// `overlay-seed.ext4`.
+/// `overlay-seed.ext4` or `work-seed.ext4`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SeedInfo {
     /// Its length.
     pub size: ByteSize,
+    /// What it took on disk when it was made.
+    pub allocated: ByteSize,
+    /// The SHA-256 of its length and of every block that is not all zeros, after its number. Hashing ten GiB of zeros
+    /// with them would take longer than everything else.
+    pub blocks_sha256: Digest,
     /// What wrote it.
     pub writer: String,
 }
@@ -120,6 +130,7 @@ impl BaseManifest {
         for (name, size) in [
             (ROOT, manifest.root.size),
             (OVERLAY_SEED, manifest.overlay_seed.size),
+            (WORK_SEED, manifest.work_seed.size),
         ] {
             match std::fs::symlink_metadata(dir.join(name)) {
                 Ok(file) if file.is_file() && file.len() == size.bytes() => {}
@@ -147,7 +158,7 @@ mod tests {
         let (a, b) = (Digest::from_bytes([1; 32]), Digest::from_bytes([2; 32]));
         assert_ne!(base_id(&a), base_id(&b));
         // Changes only with the variant: VMs name their base by it.
-        assert_eq!(base_id(&a).as_str(), "6e30af7834c973f2801c9f60222fadac");
+        assert_eq!(base_id(&a).as_str(), "96e425b7c8662c6f0cb1282616452fc2");
         assert_ne!(root_uuid(&a), root_uuid(&b));
     }
 }

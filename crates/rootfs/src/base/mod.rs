@@ -4,9 +4,12 @@
 //! <data>/bases/<id>/           one for each image and variant; never changed, only swapped as a whole
 //!     root.erofs               the tree of the image, 0444
 //!     overlay-seed.ext4        the pristine overlay disk, 0444
-//!     base.json                what the others are, and the hash of the root
-//! <data>/locks/base-<id>.lock  held by the process that prepares or removes the base
+//!     work-seed.ext4           the pristine work disk: the image's /root, 0444
+//!     base.json                what the others are, and their hashes
+//!     tree/                    the tree of the image as files, once somebody needed it
+//! <data>/locks/base-<id>.lock  held by the process that prepares, unpacks, checks or removes the base
 //! <data>/tmp/base-<random>/    a base in the making
+//! <data>/tmp/tree-<random>/    a tree in the making
 //! ```
 //!
 //! The id is made from the image's digest and the variant, so a base that exists needs no further key: the same id always
@@ -14,8 +17,14 @@
 
 mod error;
 mod flight;
+mod lock;
 mod manifest;
+
 mod prepare;
+mod work_seed;
+
+mod tree;
+mod verify;
 
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
@@ -25,17 +34,19 @@ use std::sync::atomic::AtomicBool;
 
 use offshoot_image::layer::Limits;
 use offshoot_image::manifest::StoredImage;
-use offshoot_model::{BaseId, Progress};
+use offshoot_model::{BaseId, Digest, Progress};
 use offshoot_store::blobs::BlobStore;
 use offshoot_sys::durable::{StagingDir, fsync_dir};
 use offshoot_sys::lock::FileLock;
 
 use crate::erofs::SpaceGuard;
 
-pub use error::{BaseError, PrepareError, VerifyError};
+pub use error::{BaseError, PrepareError, TreeError, VerifyError};
 pub use manifest::{BaseManifest, RootInfo, SeedInfo, base_id};
+pub use verify::{Verified, VerifiedPart};
 
 use flight::Flights;
+use prepare::{Job, Present};
 
 /// What bounds the preparation of a base.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,7 +70,9 @@ struct Shared {
     tmp: PathBuf,
     blobs: BlobStore,
     config: BaseStoreConfig,
-    flights: Flights,
+    flights: Flights<Result<Base, PrepareError>>,
+    rebuilds: Flights<Result<Base, PrepareError>>,
+    trees: Flights<Result<PathBuf, TreeError>>,
 }
 
 /// Where the files of a base lie, whether it is there or not.
@@ -82,6 +95,16 @@ impl BasePaths {
     /// See [`Base::overlay_seed`].
     pub fn overlay_seed(&self) -> PathBuf {
         self.dir.join(manifest::OVERLAY_SEED)
+    }
+
+    /// See [`Base::work_seed`].
+    pub fn work_seed(&self) -> PathBuf {
+        self.dir.join(manifest::WORK_SEED)
+    }
+
+    /// See [`Base::tree`].
+    pub fn tree(&self) -> PathBuf {
+        self.dir.join(manifest::TREE)
     }
 }
 
@@ -106,6 +129,16 @@ impl Base {
     pub fn overlay_seed(&self) -> PathBuf {
         self.dir.join(manifest::OVERLAY_SEED)
     }
+
+    /// The pristine work disk with the image's `/root`, for [`clone_work_seed`](crate::seed::clone_work_seed).
+    pub fn work_seed(&self) -> PathBuf {
+        self.dir.join(manifest::WORK_SEED)
+    }
+
+    /// The tree of the image as files, where [`ensure_tree`](BaseStore::ensure_tree) made it.
+    pub fn tree(&self) -> PathBuf {
+        self.dir.join(manifest::TREE)
+    }
 }
 
 impl BaseStore {
@@ -123,6 +156,8 @@ impl BaseStore {
             blobs,
             config,
             flights: Flights::default(),
+            rebuilds: Flights::default(),
+            trees: Flights::default(),
         };
         for dir in [&shared.bases, &shared.locks, &shared.tmp] {
             std::fs::DirBuilder::new()
@@ -149,13 +184,43 @@ impl BaseStore {
         if let Ok(Some(base)) = ready {
             return Ok(base);
         }
-        let flight = self.shared.flights.join(&id, |cancelled: Arc<AtomicBool>| {
+        self.prepare(&self.shared.flights, &id, image, progress, Present::Take)
+            .await
+    }
+
+    /// Prepares the base of an image again, also where there is one that looks whole, and swaps it in. Its tree goes.
+    ///
+    /// As [`ensure`](Self::ensure) in all else: who calls it while somebody rebuilds the same base shares the result, and
+    /// with nobody left to wait the old base stays. VMs that have the old files open keep them.
+    pub async fn rebuild(&self, image: &StoredImage, progress: &Progress) -> Result<Base, PrepareError> {
+        let id = base_id(&image.digest);
+        self.prepare(&self.shared.rebuilds, &id, image, progress, Present::Replace)
+            .await
+    }
+
+    async fn prepare(
+        &self,
+        flights: &Flights<Result<Base, PrepareError>>,
+        id: &BaseId,
+        image: &StoredImage,
+        progress: &Progress,
+        present: Present,
+    ) -> Result<Base, PrepareError> {
+        let flight = flights.join(id, |cancelled: Arc<AtomicBool>| {
             let (shared, id, image, progress) =
                 (self.shared.clone(), id.clone(), image.clone(), progress.clone());
-            move || prepare::prepare(&shared, &id, &image, &progress, &cancelled)
+            move || {
+                let job = Job {
+                    shared: &shared,
+                    image: &image,
+                    progress: &progress,
+                    cancelled: &cancelled,
+                };
+                prepare::prepare(&job, &id, present)
+            }
         });
         if flight.joined() {
-            progress.message(waiting_for(image));
+            progress.message(waiting_for(&image.digest));
         }
         flight
             .outcome()
@@ -222,26 +287,6 @@ impl BaseStore {
             }),
         }
     }
-
-    /// Reads the whole root of a base and compares it with what was recorded when it was made. Blocks the thread.
-    pub fn verify(&self, id: &BaseId) -> Result<(), VerifyError> {
-        let base = self
-            .shared
-            .load(id)
-            .map_err(|source| VerifyError::Base { source })?;
-        let path = base.root_erofs();
-        let read = |source| VerifyError::Read {
-            path: path.clone(),
-            source,
-        };
-        let file = std::fs::File::open(&path).map_err(read)?;
-        let found = prepare::hash(&file, &mut |_| true).map_err(read)?;
-        let expected = base.manifest.root.sha256;
-        if found != Some(expected) {
-            return Err(VerifyError::Damaged { path });
-        }
-        Ok(())
-    }
 }
 
 impl Shared {
@@ -251,6 +296,12 @@ impl Shared {
 
     fn lock_path(&self, id: &BaseId) -> PathBuf {
         self.locks.join(format!("base-{id}.lock"))
+    }
+
+    fn guard(&self) -> io::Result<SpaceGuard> {
+        self.config
+            .guard
+            .map_or_else(|| SpaceGuard::of_disk(&self.tmp), Ok)
     }
 
     /// The base of this id, if it looks whole: the manifest reads and is current, and the files have the recorded sizes.
@@ -265,9 +316,6 @@ impl Shared {
     }
 }
 
-fn waiting_for(image: &StoredImage) -> String {
-    format!(
-        "waiting for another preparation of image {}",
-        image.digest.short()
-    )
+fn waiting_for(image: &Digest) -> String {
+    format!("waiting for another preparation of image {}", image.short())
 }

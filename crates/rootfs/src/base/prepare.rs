@@ -1,8 +1,10 @@
 //! Preparing a base: the work of one blocking thread and its helpers.
 //!
 //! ```text
-//! lock ─► is it there after all? ─► staging ─┬─► layers ─► root.erofs ─┬─► sync ┬─► base.json ─► publish
-//!                                            └─► overlay seed          └─► hash ┘
+//! lock ─► is it there after all? ─► staging ─┬─► layers ─► root.erofs ─┬─► sync ──────┬─► base.json ─► publish
+//!                                            │                         ├─► hash ──────┤
+//!                                            │                         └─► work seed ─┤
+//!                                            └─► overlay seed ────────────────────────┘
 //! ```
 //!
 //! Everything happens in a staging folder, which goes when this returns early; the base appears by one rename.
@@ -14,61 +16,63 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
 
 use offshoot_image::layer::{Budget, LayerError, LayerSource, Tree, Watch, read_layer};
 use offshoot_image::manifest::StoredImage;
 use offshoot_model::{BaseId, ByteSize, Digest, Progress, ProgressUnit};
 use offshoot_sys::durable::{StagingDir, write_file};
-use offshoot_sys::lock::FileLock;
 use sha2::{Digest as _, Sha256};
 
 use super::error::PrepareError;
+use super::lock::lock;
 use super::manifest::{
-    BaseManifest, FORMAT, MANIFEST, OVERLAY_SEED, ROOT, RootInfo, SeedInfo, VARIANT, root_uuid,
+    BaseManifest, FORMAT, MANIFEST, OVERLAY_SEED, ROOT, RootInfo, SeedInfo, VARIANT, WORK_SEED, root_uuid,
 };
 use super::{Base, Shared, waiting_for};
 use crate::erofs::{DataWriter, SpaceGuard, Written};
-use crate::seed::{SEED_SIZE, SeedError, make_disk, mke2fs_version};
+use crate::seed::{SEED_SIZE, SeedError, hash_blocks, make_disk, mke2fs_version};
 
-/// How often a lock that another process holds is tried again. A blocking wait could not be cancelled.
-const LOCK_POLL: Duration = Duration::from_millis(50);
 /// How much is read at once to be hashed: large enough that system calls do not show, small enough for a cache.
 const HASH_STEP: usize = 256 << 10;
 /// How much is hashed between two words of progress.
 const HASH_REPORT: u64 = 16 << 20;
 
 /// One preparation.
-struct Job<'a> {
-    shared: &'a Shared,
-    image: &'a StoredImage,
-    progress: &'a Progress,
-    cancelled: &'a AtomicBool,
+pub(super) struct Job<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) image: &'a StoredImage,
+    pub(super) progress: &'a Progress,
+    pub(super) cancelled: &'a AtomicBool,
+}
+
+/// What is done about a base that is there and looks whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Present {
+    /// It is taken.
+    Take,
+    /// It is replaced.
+    Replace,
 }
 
 /// Prepares the base of an image, or finds that another process did.
-pub(super) fn prepare(
-    shared: &Shared,
-    id: &BaseId,
-    image: &StoredImage,
-    progress: &Progress,
-    cancelled: &AtomicBool,
-) -> Result<Base, PrepareError> {
-    let job = Job {
-        shared,
-        image,
-        progress,
-        cancelled,
-    };
-    let _lock = job.lock(id)?;
-    if let Ok(base) = shared.load(id) {
+pub(super) fn prepare(job: &Job<'_>, id: &BaseId, present: Present) -> Result<Base, PrepareError> {
+    let Job { shared, image, .. } = job;
+    let lock_path = shared.lock_path(id);
+    let waits = || job.progress.message(waiting_for(&image.digest));
+    let _lock = lock(&lock_path, &|| job.is_cancelled(), &waits)
+        .map_err(job.io("lock", &lock_path))?
+        .ok_or(PrepareError::Cancelled { image: image.digest })?;
+    if present == Present::Take
+        && let Ok(base) = shared.load(id)
+    {
         return Ok(base);
     }
     let staging = StagingDir::new(&shared.tmp, "base").map_err(job.io("create a folder in", &shared.tmp))?;
     let manifest = job.fill(staging.path())?;
     let dir = shared.dir(id);
-    // What is there is damaged, or it would have been taken.
+    // What is there is damaged, or not wanted. Its tree goes with it.
     staging.publish_replacing(&dir).map_err(job.io("publish", &dir))?;
+    tracing::info!(base = %id, image = %image.digest, "prepared a base");
     Ok(Base {
         id: id.clone(),
         dir,
@@ -77,7 +81,7 @@ pub(super) fn prepare(
 }
 
 impl Job<'_> {
-    fn io(&self, action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PrepareError {
+    pub(super) fn io(&self, action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> PrepareError {
         let (image, path) = (self.image.digest, path.to_owned());
         move |source| PrepareError::Io {
             image,
@@ -87,7 +91,7 @@ impl Job<'_> {
         }
     }
 
-    fn is_cancelled(&self) -> bool {
+    pub(super) fn is_cancelled(&self) -> bool {
         self.cancelled.load(Ordering::Relaxed)
     }
 
@@ -100,66 +104,73 @@ impl Job<'_> {
         Ok(())
     }
 
-    fn lock(&self, id: &BaseId) -> Result<FileLock, PrepareError> {
-        let path = self.shared.lock_path(id);
-        let mut told = false;
-        loop {
-            self.check_cancelled()?;
-            if let Some(lock) = FileLock::try_exclusive(&path).map_err(self.io("lock", &path))? {
-                return Ok(lock);
-            }
-            if !told {
-                self.progress.message(waiting_for(self.image));
-                told = true;
-            }
-            #[expect(
-                clippy::disallowed_methods,
-                reason = "nobody is told when a file lock becomes free"
-            )]
-            thread::sleep(LOCK_POLL);
+    pub(super) fn seed_error(&self) -> impl Fn(SeedError) -> PrepareError {
+        let image = self.image.digest;
+        move |source| PrepareError::Seed {
+            image,
+            source: Arc::new(source),
         }
+    }
+
+    pub(super) fn guard(&self) -> Result<SpaceGuard, PrepareError> {
+        let tmp = &self.shared.tmp;
+        self.shared.guard().map_err(self.io("look at the room in", tmp))
     }
 
     /// Makes all files of the base in `dir`.
     fn fill(&self, dir: &Path) -> Result<BaseManifest, PrepareError> {
-        thread::scope(|scope| {
-            let seed = scope.spawn(|| make_seed(&dir.join(OVERLAY_SEED)));
-            let root = self.root(&dir.join(ROOT));
-            let seed = seed
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            let manifest = BaseManifest {
-                format: FORMAT,
+        let writer = format!("mke2fs {}", mke2fs_version().map_err(self.seed_error())?);
+        let (root, overlay_seed) = thread::scope(|scope| {
+            let overlay_seed = scope.spawn(|| {
+                let path = dir.join(OVERLAY_SEED);
+                make_disk(&path, SEED_SIZE).map_err(self.seed_error())?;
+                self.seed_info(&path, &writer)
+            });
+            let root = self.root(dir, &writer);
+            (root, join(overlay_seed))
+        });
+        let (root, work_seed) = root?;
+        let manifest = BaseManifest {
+            format: FORMAT,
+            image: self.image.digest,
+            variant: VARIANT.to_owned(),
+            root,
+            overlay_seed: overlay_seed?,
+            work_seed,
+        };
+        write_file(&dir.join(MANIFEST), &manifest.to_json())
+            .map_err(self.io("write", &dir.join(MANIFEST)))?;
+        for name in [ROOT, OVERLAY_SEED, WORK_SEED, MANIFEST] {
+            let path = dir.join(name);
+            std::fs::set_permissions(&path, Permissions::from_mode(0o444))
+                .map_err(self.io("set the mode of", &path))?;
+        }
+        // VMMs run as other users and read the root; the data directory above keeps everybody else out.
+        std::fs::set_permissions(dir, Permissions::from_mode(0o555))
+            .map_err(self.io("set the mode of", dir))?;
+        self.check_cancelled()?;
+        Ok(manifest)
+    }
+
+    /// What there is to say about a seed.
+    pub(super) fn seed_info(&self, path: &Path, writer: &str) -> Result<SeedInfo, PrepareError> {
+        let file = File::open(path).map_err(self.io("open", path))?;
+        let metadata = file.metadata().map_err(self.io("look at", path))?;
+        let hashed = hash_blocks(&file, &mut || !self.is_cancelled()).map_err(self.io("read", path))?;
+        Ok(SeedInfo {
+            size: ByteSize::from_bytes(metadata.len()),
+            allocated: ByteSize::from_bytes(metadata.blocks() * 512),
+            blocks_sha256: hashed.ok_or(PrepareError::Cancelled {
                 image: self.image.digest,
-                variant: VARIANT.to_owned(),
-                root: root?,
-                overlay_seed: seed.map_err(|source| PrepareError::Seed {
-                    image: self.image.digest,
-                    source: Arc::new(source),
-                })?,
-            };
-            for name in [ROOT, OVERLAY_SEED] {
-                let path = dir.join(name);
-                std::fs::set_permissions(&path, Permissions::from_mode(0o444))
-                    .map_err(self.io("set the mode of", &path))?;
-            }
-            let path = dir.join(MANIFEST);
-            write_file(&path, &manifest.to_json()).map_err(self.io("write", &path))?;
-            // VMMs run as other users and read the root; the data directory above keeps everybody else out.
-            std::fs::set_permissions(dir, Permissions::from_mode(0o755))
-                .map_err(self.io("set the mode of", dir))?;
-            self.check_cancelled()?;
-            Ok(manifest)
+            })?,
+            writer: writer.to_owned(),
         })
     }
 
-    fn root(&self, path: &Path) -> Result<RootInfo, PrepareError> {
-        let guard = match self.shared.config.guard {
-            Some(guard) => guard,
-            None => SpaceGuard::of_disk(&self.shared.tmp)
-                .map_err(self.io("look at the room in", &self.shared.tmp))?,
-        };
-        let mut writer = DataWriter::create(path, guard).map_err(self.io("create", path))?;
+    /// Makes the root, and the work seed, which needs it.
+    fn root(&self, dir: &Path, seed_writer: &str) -> Result<(RootInfo, SeedInfo), PrepareError> {
+        let path = &dir.join(ROOT);
+        let mut writer = DataWriter::create(path, self.guard()?).map_err(self.io("create", path))?;
         let tree = self.layers(&mut writer)?;
         let task = self
             .progress
@@ -173,32 +184,31 @@ impl Job<'_> {
             })?;
         drop(tree);
         let Written { file, size, inodes } = &written;
-        // The one waits for the disk and the other for the processor.
-        let (synced, hashed) = thread::scope(|scope| {
+        // One waits for the disk, one for other processes, and one for the processor.
+        let (synced, work_seed, hashed) = thread::scope(|scope| {
             let sync = scope.spawn(|| file.sync_all());
+            let work_seed = scope.spawn(|| self.work_seed(path, &dir.join(WORK_SEED), seed_writer));
             let hashed = hash(file, &mut |done| {
                 self.progress.moved(task, done);
                 !self.is_cancelled()
             });
-            (
-                sync.join()
-                    .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
-                hashed,
-            )
+            (join(sync), join(work_seed), hashed)
         });
         synced.map_err(self.io("write", path))?;
         let sha256 = hashed
             .map_err(self.io("read", path))?
             .ok_or(PrepareError::Cancelled { image })?;
         let allocated = file.metadata().map_err(self.io("look at", path))?.blocks() * 512;
+        let work_seed = work_seed?;
         self.progress.finish(task);
-        Ok(RootInfo {
+        let root = RootInfo {
             size: ByteSize::from_bytes(*size),
             allocated: ByteSize::from_bytes(allocated),
             inodes: *inodes,
             sha256,
             writer: format!("offshoot-rootfs {}", env!("CARGO_PKG_VERSION")),
-        })
+        };
+        Ok((root, work_seed))
     }
 
     /// Reads all layers, lowest first: content into `writer`, all else into the tree.
@@ -235,12 +245,11 @@ impl Job<'_> {
     }
 }
 
-fn make_seed(path: &Path) -> Result<SeedInfo, SeedError> {
-    make_disk(path, SEED_SIZE)?;
-    Ok(SeedInfo {
-        size: SEED_SIZE,
-        writer: format!("mke2fs {}", mke2fs_version()?),
-    })
+/// The result of a thread, or its panic.
+fn join<T>(thread: thread::ScopedJoinHandle<'_, T>) -> T {
+    thread
+        .join()
+        .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// The SHA-256 of a file from its start; `None` if `moved`, which hears how far it is, says to stop.

@@ -2,84 +2,17 @@
 
 use std::os::unix::fs::{FileExt, PermissionsExt};
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 
 use offshoot_image::layer::Limits;
 use offshoot_image::manifest::StoredImage;
 use offshoot_model::{ByteSize, ErrorKind, Explain, Progress, ProgressEvent};
-use offshoot_rootfs::base::{BaseError, BaseStore, BaseStoreConfig, PrepareError, VerifyError, base_id};
+use offshoot_rootfs::base::{BaseError, BaseStoreConfig, PrepareError, VerifyError, base_id};
 use offshoot_rootfs::erofs::SpaceGuard;
-use offshoot_store::blobs::BlobStore;
 use offshoot_sys::lock::FileLock;
 
-use crate::support::{Mount, Tar, can_run, store_image};
-
-struct Place {
-    dir: tempfile::TempDir,
-    blobs: BlobStore,
-    store: BaseStore,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self::with(BaseStoreConfig::default())
-    }
-
-    fn with(config: BaseStoreConfig) -> Self {
-        Self::on(&std::env::temp_dir(), config)
-    }
-
-    fn on(disk: &Path, config: BaseStoreConfig) -> Self {
-        let dir = tempfile::tempdir_in(disk).unwrap();
-        let blobs = BlobStore::open(dir.path()).unwrap();
-        let store = BaseStore::open_with(dir.path(), blobs.clone(), config).unwrap();
-        Self { dir, blobs, store }
-    }
-
-    fn image(&self, tars: &[Tar]) -> StoredImage {
-        let tars: Vec<_> = tars.iter().map(|tar| tar.clone().end()).collect();
-        store_image(&self.blobs, &tars)
-    }
-
-    fn names(&self, folder: &str) -> Vec<String> {
-        let mut names: Vec<_> = std::fs::read_dir(self.dir.path().join(folder))
-            .unwrap()
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
-        names.sort();
-        names
-    }
-}
-
-fn small() -> Tar {
-    Tar::default().file("a", "b").dir("d")
-}
-
-/// A layer that takes a while.
-fn large() -> Tar {
-    (0..16_u8).fold(Tar::default(), |tar, n| {
-        tar.file(&format!("f{n}"), vec![n; 2 << 20])
-    })
-}
-
-/// Progress that remembers what it heard.
-fn recorder() -> (Progress, Arc<Mutex<Vec<ProgressEvent>>>) {
-    let events = Arc::new(Mutex::new(Vec::new()));
-    let heard = events.clone();
-    (
-        Progress::new(move |event| heard.lock().unwrap().push(event)),
-        events,
-    )
-}
-
-fn labels(events: &Mutex<Vec<ProgressEvent>>) -> Vec<String> {
-    let label = |event: &ProgressEvent| match event {
-        ProgressEvent::Started { label, .. } => Some(label.clone()),
-        ProgressEvent::Message { text } => Some(text.clone()),
-        _ => None,
-    };
-    events.lock().unwrap().iter().filter_map(label).collect()
-}
+use crate::place::{Place, futures_of, labels, large, recorder, small};
+use crate::support::{Mount, Tar, can_run};
 
 #[tokio::test]
 async fn a_base_is_made_once() {
@@ -100,28 +33,33 @@ async fn a_base_is_made_once() {
     assert_eq!(place.names("bases"), [base.id.as_str()]);
     assert_eq!(
         place.names(&format!("bases/{}", base.id)),
-        ["base.json", "overlay-seed.ext4", "root.erofs"]
+        ["base.json", "overlay-seed.ext4", "root.erofs", "work-seed.ext4"]
     );
     assert_eq!(place.names("tmp"), Vec::<String>::new());
-    for file in [base.root_erofs(), base.overlay_seed()] {
-        assert_eq!(
-            std::fs::metadata(file).unwrap().permissions().mode() & 0o777,
-            0o444
-        );
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o7777;
+    for name in place.names(&format!("bases/{}", base.id)) {
+        assert_eq!(mode(&base.dir.join(&name)), 0o444, "{name}");
     }
+    assert_eq!(mode(&base.dir), 0o555);
     assert_eq!(base.manifest.image, image.digest);
     assert_eq!(base.manifest.root.inodes, 4);
     assert_eq!(base.manifest.overlay_seed.size, ByteSize::from_mib(10 << 10));
-    assert!(
-        base.manifest.overlay_seed.writer.starts_with("mke2fs 1."),
-        "{:?}",
-        base.manifest
+    for seed in [&base.manifest.overlay_seed, &base.manifest.work_seed] {
+        assert!(seed.writer.starts_with("mke2fs 1."), "{seed:?}");
+        assert!(seed.allocated < ByteSize::from_bytes(300 << 10), "{seed:?}");
+    }
+    assert_ne!(
+        base.manifest.overlay_seed.blocks_sha256,
+        base.manifest.work_seed.blocks_sha256
     );
     assert_eq!(
         base.manifest.root.sha256,
         crate::support::sha256(&std::fs::read(base.root_erofs()).unwrap())
     );
-    place.store.verify(&base.id).unwrap();
+    let verified = place.store.verify(&base.id).unwrap();
+    let paths: Vec<_> = verified.parts.iter().map(|part| part.path.clone()).collect();
+    assert_eq!(paths, [base.root_erofs(), base.overlay_seed(), base.work_seed()]);
+    assert_eq!(verified.parts[0].bytes, base.manifest.root.size.bytes());
 
     let (progress, events) = recorder();
     let again = place.store.ensure(&image, &progress).await.unwrap();
@@ -191,18 +129,6 @@ async fn those_who_wait_share_the_error() {
     assert_eq!((place.names("bases").len(), place.names("tmp").len()), (0, 0));
 }
 
-async fn futures_of<T: Send + 'static, F: Future<Output = T> + Send + 'static>(
-    count: usize,
-    make: impl Fn() -> F,
-) -> Vec<T> {
-    let tasks: Vec<_> = (0..count).map(|_| tokio::spawn(make())).collect();
-    let mut results = Vec::new();
-    for task in tasks {
-        results.push(task.await.unwrap());
-    }
-    results
-}
-
 #[tokio::test]
 async fn dropping_the_last_who_waits_stops_the_work() {
     let place = Place::new();
@@ -222,10 +148,7 @@ async fn dropping_the_last_who_waits_stops_the_work() {
     task.abort();
     assert!(task.await.unwrap_err().is_cancelled());
     // The lock is free once the thread has cleaned up and gone.
-    let lock = place
-        .dir
-        .path()
-        .join(format!("locks/base-{}.lock", base_id(&image.digest)));
+    let lock = place.lock(&image);
     tokio::task::spawn_blocking(move || FileLock::exclusive(&lock).unwrap())
         .await
         .unwrap();
@@ -237,13 +160,7 @@ async fn dropping_the_last_who_waits_stops_the_work() {
 async fn another_process_is_waited_for() {
     let place = Place::new();
     let image = place.image(&[small()]);
-    let lock = FileLock::exclusive(
-        &place
-            .dir
-            .path()
-            .join(format!("locks/base-{}.lock", base_id(&image.digest))),
-    )
-    .unwrap();
+    let lock = FileLock::exclusive(&place.lock(&image)).unwrap();
     let (sender, mut receiver) = tokio::sync::mpsc::unbounded_channel();
     let progress = Progress::new(move |event| drop(sender.send(event)));
     let task = tokio::spawn({
@@ -267,8 +184,9 @@ async fn what_is_damaged_is_made_again() {
     let place = Place::new();
     let image = place.image(&[small()]);
     let base = place.store.ensure(&image, &Progress::silent()).await.unwrap();
-    let break_it: [&dyn Fn(&Path); 5] = [
+    let break_it: [&dyn Fn(&Path); 6] = [
         &|dir| std::fs::remove_file(dir.join("overlay-seed.ext4")).unwrap(),
+        &|dir| std::fs::remove_file(dir.join("work-seed.ext4")).unwrap(),
         &|dir| {
             std::fs::OpenOptions::new()
                 .write(true)
@@ -291,20 +209,63 @@ async fn what_is_damaged_is_made_again() {
             Err(BaseError::Damaged { .. })
         ));
         assert_eq!(place.store.list().unwrap().len(), 0);
+        assert_eq!(place.store.ids().unwrap(), std::slice::from_ref(&base.id));
         place.store.ensure(&image, &Progress::silent()).await.unwrap();
         place.store.verify(&base.id).unwrap();
         assert_eq!(place.names("tmp").len(), 0);
     }
     // What only reading shows, verifying shows.
-    let root = std::fs::OpenOptions::new()
+    for path in [base.work_seed(), base.overlay_seed(), base.root_erofs()] {
+        let file = std::fs::OpenOptions::new().write(true).open(&path).unwrap();
+        file.write_all_at(b"x", 5000).unwrap();
+        match place.store.verify(&base.id).unwrap_err() {
+            VerifyError::Damaged { path: found } => assert_eq!(found, path),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_rebuilt_base_is_new_and_who_has_the_old_one_open_keeps_it() {
+    let place = Place::new();
+    let image = place.image(&[small()]);
+    let base = place.store.ensure(&image, &Progress::silent()).await.unwrap();
+    place
+        .store
+        .ensure_tree(&base.id, &Progress::silent())
+        .await
+        .unwrap();
+    let held = std::fs::File::open(base.root_erofs()).unwrap();
+    let damaged = std::fs::OpenOptions::new()
         .write(true)
         .open(base.root_erofs())
         .unwrap();
-    root.write_all_at(b"x", 5000).unwrap();
-    assert!(matches!(
-        place.store.verify(&base.id),
-        Err(VerifyError::Damaged { .. })
-    ));
+    damaged.write_all_at(b"x", 5000).unwrap();
+    // It looks whole, and only rebuilding mends it.
+    place.store.ensure(&image, &Progress::silent()).await.unwrap();
+    assert!(place.store.verify(&base.id).is_err());
+    let (progress, events) = recorder();
+    let rebuilt = place.store.rebuild(&image, &progress).await.unwrap();
+    assert!(
+        labels(&events).contains(&"writing root.erofs".to_owned()),
+        "{events:?}"
+    );
+    assert_eq!(rebuilt.manifest.root, base.manifest.root);
+    // The root is the same bytes again; mke2fs gives every seed an id of its own.
+    assert_ne!(
+        rebuilt.manifest.overlay_seed.blocks_sha256,
+        base.manifest.overlay_seed.blocks_sha256
+    );
+    assert_eq!(place.store.verify(&base.id).unwrap().parts.len(), 3);
+    assert!(!base.tree().exists());
+    assert_eq!(place.names("tmp").len(), 0);
+    let mut byte = [0];
+    held.read_exact_at(&mut byte, 5000).unwrap();
+    assert_eq!(&byte, b"x");
+    // Where there is none, it is prepared.
+    place.store.remove(&base.id).unwrap();
+    place.store.rebuild(&image, &Progress::silent()).await.unwrap();
+    place.store.verify(&base.id).unwrap();
 }
 
 async fn check_refused(place: &Place, image: &StoredImage, expected: &str) {

@@ -5,10 +5,13 @@
     reason = "a test that cannot run says so where people see it"
 )]
 
+mod place;
 mod support;
 
 mod base;
 mod erofs;
 mod read;
 
+mod copy;
+mod tree;
 mod umoci;

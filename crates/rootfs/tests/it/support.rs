@@ -170,6 +170,18 @@ impl Mount {
         Self::new(&["-t", "erofs", "-o", "loop,ro"], image)
     }
 
+    /// An ext4 disk, read-only.
+    #[track_caller]
+    pub(crate) fn ext4(disk: &Path) -> Self {
+        Self::new(&["-t", "ext4", "-o", "loop,ro,noload"], disk)
+    }
+
+    /// An ext4 disk that can be written.
+    #[track_caller]
+    pub(crate) fn ext4_writable(disk: &Path) -> Self {
+        Self::new(&["-t", "ext4", "-o", "loop"], disk)
+    }
+
     /// An empty file system in memory.
     #[track_caller]
     pub(crate) fn tmpfs(size: u64) -> Self {
@@ -207,6 +219,12 @@ impl Drop for Mount {
 #[track_caller]
 pub(crate) fn fsck(image: &Path) {
     run("fsck.erofs", &[OsStr::new("--extract"), image.as_os_str()]);
+}
+
+/// Lets `e2fsck` look at all of an ext4 disk.
+#[track_caller]
+pub(crate) fn e2fsck(disk: &Path) {
+    run("/sbin/e2fsck", &[OsStr::new("-fn"), disk.as_os_str()]);
 }
 
 /// Everything a program can learn about one file.
@@ -309,6 +327,14 @@ fn xattrs(path: &Path) -> BTreeMap<OsString, Vec<u8>> {
             (OsStr::from_bytes(name).to_owned(), value)
         })
         .collect()
+}
+
+/// A list as mke2fs copies it: without the parts of seconds.
+pub(crate) fn whole_seconds(mut list: BTreeMap<PathBuf, Shown>) -> BTreeMap<PathBuf, Shown> {
+    for shown in list.values_mut() {
+        shown.mtime.1 = 0;
+    }
+    list
 }
 
 /// Compares two lists and shows only what differs.

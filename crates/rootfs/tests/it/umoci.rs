@@ -6,11 +6,14 @@ use std::os::unix::fs::{FileExt, PermissionsExt, symlink};
 use std::path::Path;
 use std::process::Command;
 
-use offshoot_model::Progress;
+use offshoot_model::{ByteSize, Progress};
 use offshoot_rootfs::base::BaseStore;
+use offshoot_rootfs::copy::make_copy;
 use offshoot_store::blobs::BlobStore;
 
-use crate::support::{Mount, Tar, assert_same, can_run, fsck, gzip, list, run, sha256, store_image};
+use crate::support::{
+    Mount, Tar, assert_same, can_run, e2fsck, fsck, gzip, list, run, sha256, store_image, whole_seconds,
+};
 
 /// The lowest layer, as a real tree that GNU tar packs.
 fn lowest(dir: &Path) -> Vec<u8> {
@@ -228,7 +231,7 @@ fn write_layout(dir: &Path, tars: &[Vec<u8>]) {
 async fn three_layers_unpack_as_umoci_unpacks_them() {
     if !can_run(
         "three_layers_unpack_as_umoci_unpacks_them",
-        &["umoci", "mount", "tar", "mknod", "fsck.erofs"],
+        &["umoci", "mount", "tar", "mknod", "fsck.erofs", "mke2fs"],
     ) {
         return;
     }
@@ -256,5 +259,15 @@ async fn three_layers_unpack_as_umoci_unpacks_them() {
     let (ours, theirs) = (list(mount.path()), list(&dir.path().join("bundle/rootfs")));
     assert!(ours.len() > 440, "{} files", ours.len());
     assert_same(&ours, &theirs);
-    store.verify(&base.id).unwrap();
+
+    // The same on disk, and on a disk of its own, where times are whole seconds.
+    let tree = store.ensure_tree(&base.id, &Progress::silent()).await.unwrap();
+    assert_same(&list(&tree), &theirs);
+    let verified = store.verify(&base.id).unwrap();
+    assert_eq!((verified.parts.len(), &verified.parts[3].path), (4, &tree));
+    let copy = dir.path().join("copy.ext4");
+    make_copy(&tree, &copy, ByteSize::from_mib(256)).unwrap();
+    e2fsck(&copy);
+    let mount = Mount::ext4(&copy);
+    assert_same(&whole_seconds(list(mount.path())), &whole_seconds(theirs));
 }

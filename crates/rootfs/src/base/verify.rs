@@ -1,0 +1,89 @@
+//! Whether a base is still what was made: every byte of its files, and its tree where it has one.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+
+use offshoot_model::BaseId;
+use offshoot_sys::lock::FileLock;
+
+use super::error::{BaseError, VerifyError};
+use super::manifest::SeedInfo;
+use super::{BaseStore, prepare, tree};
+use crate::compare::{CompareError, compare};
+use crate::erofs::ErofsImage;
+use crate::seed::hash_blocks;
+
+/// A part of a base that is as it was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerifiedPart {
+    /// The file, or the folder of the tree.
+    pub path: PathBuf,
+    /// How many bytes were read: of a seed those that are not holes, of a tree those of its files.
+    pub bytes: u64,
+}
+
+/// What was checked, and was well.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verified {
+    /// The root, the seeds, and the tree where there is one.
+    pub parts: Vec<VerifiedPart>,
+}
+
+impl BaseStore {
+    /// Reads all of a base and compares it with what was recorded when it was made; a tree is compared with the root.
+    /// Stops at the first part that is not as it was. Waits for whoever works on the base. Blocks the thread; needs root.
+    pub fn verify(&self, id: &BaseId) -> Result<Verified, VerifyError> {
+        // Otherwise a base that is swapped meanwhile would be compared with the record of the old one.
+        let lock_path = self.shared.lock_path(id);
+        let _lock = FileLock::exclusive(&lock_path).map_err(|source| VerifyError::Base {
+            source: BaseError::io("lock", &lock_path)(source),
+        })?;
+        let base = self
+            .shared
+            .load(id)
+            .map_err(|source| VerifyError::Base { source })?;
+        let mut parts = vec![
+            root(base.root_erofs(), &base.manifest.root)?,
+            seed(base.overlay_seed(), &base.manifest.overlay_seed)?,
+            seed(base.work_seed(), &base.manifest.work_seed)?,
+        ];
+        if let Some(path) = tree::present(&base) {
+            let compared = ErofsImage::open(&base.root_erofs())
+                .map_err(CompareError::from)
+                .and_then(|image| compare(&image, &path));
+            match compared {
+                Ok(bytes) => parts.push(VerifiedPart { path, bytes }),
+                Err(CompareError::Image { source }) => return Err(VerifyError::Image { path, source }),
+                Err(source) => return Err(VerifyError::Tree { path, source }),
+            }
+        }
+        Ok(Verified { parts })
+    }
+}
+
+fn root(path: PathBuf, info: &super::RootInfo) -> Result<VerifiedPart, VerifyError> {
+    check(path, |file| {
+        let hash = prepare::hash(file, &mut |_| true)?;
+        Ok((hash == Some(info.sha256), file.metadata()?.len()))
+    })
+}
+
+fn seed(path: PathBuf, info: &SeedInfo) -> Result<VerifiedPart, VerifyError> {
+    check(path, |file| {
+        let hash = hash_blocks(file, &mut || true)?;
+        Ok((hash == Some(info.blocks_sha256), file.metadata()?.blocks() * 512))
+    })
+}
+
+fn check(
+    path: PathBuf,
+    read: impl FnOnce(&File) -> io::Result<(bool, u64)>,
+) -> Result<VerifiedPart, VerifyError> {
+    match File::open(&path).and_then(|file| read(&file)) {
+        Ok((true, bytes)) => Ok(VerifiedPart { path, bytes }),
+        Ok((false, _)) => Err(VerifyError::Damaged { path }),
+        Err(source) => Err(VerifyError::Read { path, source }),
+    }
+}
