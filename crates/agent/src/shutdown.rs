@@ -102,7 +102,7 @@ fn is_live_process(stat: &str) -> bool {
     reason = "the kernel lets go of a disk without an event; the wait ends when it has"
 )]
 pub(crate) fn release(way: Way, disks: &[Disk]) -> bool {
-    rustix::fs::sync();
+    sync_for(RELEASE);
     for disk in disks {
         disk.unmount();
     }
@@ -127,6 +127,20 @@ pub(crate) fn release(way: Way, disks: &[Disk]) -> bool {
         }
     }
     clean
+}
+
+/// Writes what is in memory, for so long at most: a shared folder whose host side is gone would hold us up for ever.
+/// What is not written then, the unmounts and freezes write.
+fn sync_for(limit: Duration) {
+    let (done, finished) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        rustix::fs::sync();
+        // Nobody may be waiting any more.
+        let _ = done.send(());
+    });
+    if finished.recv_timeout(limit).is_err() {
+        log::warning(format_args!("not everything could be written within {limit:?}"));
+    }
 }
 
 /// Switches the machine off once the reply is out.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use offshoot_engine::capabilities::{
     Accelerator, AgentCapability, FoldersCapability, KernelCapability, MainProcessCapability,
-    OverlayCapability, RootCapability, VmmCapability,
+    MountsCapability, OverlayCapability, RootCapability, VmmCapability, WorkCapability,
 };
 use offshoot_engine::capability::Capability;
 use offshoot_engine::engine::{Engine, EngineConfig, Parts};
@@ -21,6 +21,7 @@ use offshoot_sys::lock::FileLock;
 use offshoot_vmm::Driver;
 use offshoot_vmm::plan::Accel;
 use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
+use offshoot_vmm::virtiofsd::{Virtiofsd, VirtiofsdConfig};
 
 use crate::config::DaemonConfig;
 use crate::images::Images;
@@ -40,6 +41,8 @@ pub struct App {
     pub kernels: Arc<KernelStore>,
     /// VMMs, by name.
     pub drivers: BTreeMap<&'static str, Arc<dyn Driver>>,
+    /// What serves shared folders.
+    pub virtiofsd: Arc<Virtiofsd>,
     /// How guest instructions are run.
     pub accelerator: Accelerator,
     /// The agent that goes into kernel bundles.
@@ -116,6 +119,9 @@ impl App {
             });
         }
 
+        let virtiofsd = Arc::new(Virtiofsd::new(VirtiofsdConfig {
+            program: config.virtiofsd.clone(),
+        }));
         let capabilities: Vec<Arc<dyn Capability>> = vec![
             Arc::new(FoldersCapability {
                 roots: [data_dir.clone(), run_dir.clone()],
@@ -123,9 +129,16 @@ impl App {
             }),
             Arc::new(RootCapability {
                 bases: Arc::clone(&bases),
+                virtiofsd: Arc::clone(&virtiofsd),
             }),
             Arc::new(OverlayCapability {
                 bases: Arc::clone(&bases),
+            }),
+            Arc::new(WorkCapability {
+                bases: Arc::clone(&bases),
+            }),
+            Arc::new(MountsCapability {
+                virtiofsd: Arc::clone(&virtiofsd),
             }),
             Arc::new(KernelCapability {
                 kernels: Arc::clone(&kernels),
@@ -161,6 +174,7 @@ impl App {
             images,
             kernels,
             drivers,
+            virtiofsd,
             accelerator,
             agent,
             data_dir: data_dir.clone(),

@@ -1,15 +1,12 @@
 //! What is done to the parts of one base.
 
-use std::io;
 use std::path::Path;
 
 use offshoot_api::image::{BaseParts, PartState, VerifiedPart};
-use offshoot_image::manifest::StoredImage;
-use offshoot_model::{BaseId, ErrorKind, Progress};
-use offshoot_rootfs::base::{BaseError, BaseStore, VerifyError};
-use offshoot_sys::durable::StagingDir;
+use offshoot_model::BaseId;
+use offshoot_rootfs::base::{BaseError, BaseStore, CheckedPart};
 
-use crate::error::{Answer, Failure, chain};
+use crate::error::chain;
 
 /// The tree in a base, where it has one.
 pub const TREE: &str = "tree";
@@ -25,50 +22,34 @@ pub fn parts(dir: &Path) -> BaseParts {
     }
 }
 
-/// Makes a base again, whatever is there.
-pub async fn rebuild(bases: &BaseStore, image: &StoredImage, id: &BaseId, progress: &Progress) -> Answer<()> {
-    let (store, id) = (bases.clone(), id.clone());
-    crate::blocking::blocking("removing a base", move || Ok(store.remove(&id)?)).await?;
-    bases.ensure(image, progress).await?;
-    Ok(())
-}
-
-/// Removes the tree of a base and leaves the rest. Whoever has files of it open keeps them. Blocks.
-pub fn remove_tree(bases: &BaseStore, tmp: &Path, id: &BaseId) -> Answer<()> {
-    let tree = bases.locate(id).dir().join(TREE);
-    let failed = |error: &io::Error| {
-        let message = format!("cannot remove {}: {error}", tree.display());
-        Failure::new(ErrorKind::Internal, message)
-    };
-    let grave = StagingDir::new(tmp, "tree").map_err(|error| failed(&error))?;
-    match std::fs::rename(&tree, grave.path().join(TREE)) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(failed(&error)),
-        _ => Ok(()),
-    }
-}
-
 /// Reads every part of a base that has a recorded hash and compares it. Blocks.
 pub fn verify(bases: &BaseStore, id: &BaseId) -> Vec<VerifiedPart> {
-    let part = |name: &str, bytes, state, reason| VerifiedPart {
+    let part = |name: String, bytes, state, reason| VerifiedPart {
         part: "base".into(),
-        name: name.into(),
+        name,
         bytes,
         state,
         reason,
     };
-    let base = match bases.get(id) {
-        Ok(base) => base,
-        Err(BaseError::NotFound { .. }) => return vec![part(id.as_str(), 0, PartState::NotPrepared, None)],
-        Err(error) => return vec![part(id.as_str(), 0, PartState::Damaged, Some(chain(&error)))],
+    let parts = match bases.verify_parts(id) {
+        Ok(parts) => parts,
+        Err(BaseError::NotFound { .. }) => {
+            return vec![part(id.to_string(), 0, PartState::NotPrepared, None)];
+        }
+        Err(error) => return vec![part(id.to_string(), 0, PartState::Damaged, Some(chain(&error)))],
     };
-    let size = base.manifest.root.size.bytes();
-    let root = match bases.verify(id) {
-        Ok(()) => part("root.erofs", size, PartState::Ok, None),
-        // Removed since we looked.
-        Err(VerifyError::Base {
-            source: BaseError::NotFound { .. },
-        }) => part(id.as_str(), 0, PartState::NotPrepared, None),
-        Err(error) => part("root.erofs", size, PartState::Damaged, Some(chain(&error))),
-    };
-    vec![root]
+    parts
+        .into_iter()
+        .map(|CheckedPart { path, result }| {
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
+            match result {
+                Ok(bytes) => part(name, bytes, PartState::Ok, None),
+                Err(error) => part(name, 0, PartState::Damaged, Some(chain(&error))),
+            }
+        })
+        .collect()
 }

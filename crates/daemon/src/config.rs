@@ -17,6 +17,8 @@ pub struct DaemonConfig {
     pub agent: Option<PathBuf>,
     /// The QEMU program.
     pub qemu: PathBuf,
+    /// The virtiofsd program; where the distribution puts it when absent.
+    pub virtiofsd: Option<PathBuf>,
     /// The first of the user ids that VMMs run as.
     pub uid_base: u32,
     /// How many VMs can exist at once.
@@ -37,6 +39,7 @@ impl Default for DaemonConfig {
             socket_group: "offshoot".into(),
             agent: None,
             qemu: "/usr/bin/qemu-system-x86_64".into(),
+            virtiofsd: None,
             // Above what systemd hands out to containers (524288 to 1879048191) and below its reserved end.
             uid_base: 1_900_000_001,
             uid_count: 65_000,

@@ -14,8 +14,9 @@ use offshoot_image::bootstrap::{self, BootstrapOptions};
 use offshoot_image::manifest::StoredImage;
 use offshoot_image::reference::ImageReference;
 use offshoot_image::registry::{self, PullOptions, RegistryAuth};
-use offshoot_model::{BaseId, Digest, ErrorKind, Progress};
+use offshoot_model::{BaseId, ByteSize, Digest, ErrorKind, Progress};
 use offshoot_rootfs::base::{BaseStore, base_id};
+use offshoot_rootfs::policy::RootKind;
 use offshoot_store::blobs::BlobStore;
 use offshoot_store::db::{Db, ImageRow};
 use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
@@ -49,6 +50,8 @@ pub struct ReadyImage {
     pub image: StoredImage,
     /// Its base.
     pub base: BaseId,
+    /// The length of its root.
+    pub root_size: ByteSize,
     /// Keeps the sweep away until the VM's row is written.
     pub lease: OwnedRwLockReadGuard<()>,
 }
@@ -228,11 +231,33 @@ impl Images {
         let _lease = self.lease().await;
         let image = self.load(row.digest).await?;
         if force {
-            bases::rebuild(&self.bases, &image, &base_id(&image.digest), progress).await?;
+            self.refuse_if_tree_is_served(&base_id(&image.digest))?;
+            self.bases.rebuild(&image, progress).await?;
         } else {
             self.bases.ensure(&image, progress).await?;
         }
         self.summarised(row).await
+    }
+
+    /// A base that is made again loses its tree, which a virtiofsd may be serving.
+    fn refuse_if_tree_is_served(&self, base: &BaseId) -> Answer<()> {
+        let vms = self.engine.list();
+        let user = vms.iter().map(|handle| handle.view.borrow().clone()).find(|vm| {
+            vm.base_id == *base
+                && vm.life.state.has_vmm()
+                && vm.definition.root.chosen == RootKind::Virtiofs.as_str()
+        });
+        match user {
+            None => Ok(()),
+            Some(vm) => Err(Failure::new(
+                ErrorKind::Conflict,
+                format!(
+                    "the base is the root of the running VM `{}`, file by file",
+                    vm.name
+                ),
+            )
+            .hint(format!("stop it first with `offshoot stop {}`", vm.name))),
+        }
     }
 
     /// The image and its base, made now when it is not there yet.
@@ -245,7 +270,8 @@ impl Images {
         let base = self.bases.ensure(&image, progress).await?;
         Ok(ReadyImage {
             image,
-            base: base.id.clone(),
+            root_size: base.manifest.root.size,
+            base: base.id,
             lease,
         })
     }

@@ -6,6 +6,7 @@
 mod app;
 mod bases;
 mod blocking;
+mod choose;
 mod config;
 mod error;
 mod extract;

@@ -13,7 +13,7 @@ use offshoot_image::manifest::StoredImage;
 use offshoot_kernel::KernelStore;
 use offshoot_rootfs::base::base_id;
 
-use crate::bases::{self, TREE};
+use crate::bases::TREE;
 use crate::blocking::blocking;
 use crate::error::{Answer, Failure, chain};
 use crate::images::{Images, short};
@@ -217,7 +217,7 @@ fn remove(images: &Images, kernels: Option<&KernelStore>, item: &Item) -> Answer
         Item::Blob(digest) => images.blobs.remove(digest)?,
         Item::Download(digest) => return Ok(images.blobs.remove_download(digest)?),
         Item::Base(id) => images.bases.remove(id)?,
-        Item::Tree(id) => bases::remove_tree(&images.bases, images.blobs.tmp_dir(), id)?,
+        Item::Tree(id) => images.bases.remove_tree(id)?,
         Item::Kernel(id) => {
             return match kernels {
                 Some(kernels) => Ok(kernels.remove_unless_default(id)?),
@@ -318,7 +318,7 @@ mod tests {
             let ready = self.images.ready(image, &Progress::silent()).await.unwrap();
             let choice = |chosen: &str| Choice {
                 chosen: chosen.into(),
-                reasons: Vec::new(),
+                ..Choice::default()
             };
             let mut config = VmConfig::new(image);
             config.cmd = vec!["sh".into()];

@@ -10,6 +10,8 @@ use offshoot_api::usage::{
     VmDiskUsage, VmUsage,
 };
 use offshoot_engine::definition::VmRecord;
+use offshoot_engine::paths::VmPaths;
+use offshoot_engine::shares::share_pids;
 use offshoot_kernel::KernelStore;
 use offshoot_model::Digest;
 
@@ -56,7 +58,7 @@ fn measure(images: &Images, kernels: &KernelStore) -> Answer<DiskUsage> {
             base: vm.base_id.clone(),
             disk,
             log_bytes: logs.bytes,
-            memory: memory(&vm),
+            memory: memory(&vm, &handle.paths),
         });
     }
     let rules = images.rules(PruneQuery::default());
@@ -199,17 +201,18 @@ fn is_log(name: &str) -> bool {
 }
 
 /// The processes that make up a running VM.
-fn pids_of(vm: &VmRecord) -> Vec<u32> {
+fn pids_of(vm: &VmRecord, paths: &VmPaths) -> Vec<u32> {
     let vmm = vm.life.machine.as_ref().map(|machine| &machine.process);
     vmm.filter(|process| process.is_alive())
         .map(|process| process.pid)
         .into_iter()
+        .chain(share_pids(paths))
         .collect()
 }
 
-fn memory(vm: &VmRecord) -> Option<MemoryUsage> {
+fn memory(vm: &VmRecord, paths: &VmPaths) -> Option<MemoryUsage> {
     let mut sum = MemoryUsage::default();
-    for pid in pids_of(vm) {
+    for pid in pids_of(vm, paths) {
         match offshoot_sys::smaps::memory_of(pid) {
             Ok(memory) => {
                 sum.processes += 1;

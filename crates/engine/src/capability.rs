@@ -6,11 +6,13 @@
 //! ```text
 //! start:  plan plan plan … │ prepare prepare prepare … (the VMM's launches) │ after_boot after_boot …
 //! stop:   stop … stop stop                        (only those whose prepare was begun, backwards)
+//! reset:  reset reset reset …
 //! rm:     clean_up … clean_up clean_up            (backwards)
 //! daemon restart with a running VM:  adopt adopt adopt …
 //! ```
 
 use async_trait::async_trait;
+use offshoot_agent_proto::v1;
 use offshoot_model::{Explain, Finding};
 use offshoot_vmm::LaunchPlan;
 
@@ -21,7 +23,16 @@ use crate::run::Run;
 /// A capability's own error, boxed: the engine adds only which stage it was.
 pub type CapabilityError = Box<dyn Explain + Send + Sync>;
 
-/// One concern of a VM's life.
+/// Everything that is decided before a start does anything: what the VMM is told, and what the guest is told.
+#[derive(Clone, Debug)]
+pub struct VmPlan {
+    /// What the VMM is started with.
+    pub launch: LaunchPlan,
+    /// What makes the booted guest this VM. The agent's capability adds the time and the entropy.
+    pub guest: v1::ConfigureRequest,
+}
+
+/// One concern of a VM's life. A hook that a concern has no use for is left out.
 ///
 /// Every hook may be called again after a crash and must then end in the same result. Every future may be dropped at
 /// any await point: `stop` (and, for what outlives a run, `clean_up`) must cope with whatever was done until then.
@@ -31,26 +42,46 @@ pub trait Capability: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// What this host offers for it. Asked by `doctor` and before every start, so that the two never disagree.
-    async fn check(&self) -> Vec<Finding>;
+    async fn check(&self) -> Vec<Finding> {
+        Vec::new()
+    }
 
-    /// Adds what it needs to the launch plan. Pure: no I/O, same input, same plan. Called once per start, before any
-    /// `prepare`.
-    fn plan(&self, vm: &VmRecord, paths: &VmPaths, plan: &mut LaunchPlan) -> Result<(), CapabilityError>;
+    /// Adds what it needs to the plan. Changes nothing and reads no more than a small manifest; same input, same plan.
+    /// Called once per start, before any `prepare`.
+    fn plan(&self, _vm: &VmRecord, _paths: &VmPaths, _plan: &mut VmPlan) -> Result<(), CapabilityError> {
+        Ok(())
+    }
 
     /// Makes what the plan names. Called once per start, after every `plan`; on failure this capability's `stop` is
     /// called too.
-    async fn prepare(&self, run: &Run) -> Result<(), CapabilityError>;
+    async fn prepare(&self, _run: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
 
     /// What can only be done in the booted guest. Called once per start, after every `prepare`.
-    async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError>;
+    async fn after_boot(&self, _run: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
 
     /// Finds again what a run had before the daemon was restarted. Called once instead of `prepare` and `after_boot`.
-    async fn adopt(&self, run: &Run) -> Result<(), CapabilityError>;
+    async fn adopt(&self, _run: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
 
     /// Undoes `prepare` and `after_boot` as far as they came. Called at the end of every run and of every start that
     /// failed; must not fail for what is gone already. [`Run::ending`] says how much of a hurry there is.
-    async fn stop(&self, run: &Run) -> Result<(), CapabilityError>;
+    async fn stop(&self, _run: &Run) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    /// Drops what the VM wrote, but for its work; the next start finds the image again. Called when nothing of the VM
+    /// runs.
+    async fn reset(&self, _vm: &VmRecord, _paths: &VmPaths) -> Result<(), CapabilityError> {
+        Ok(())
+    }
 
     /// Removes what outlives a run. Called once, at `rm`, when nothing of the VM runs.
-    async fn clean_up(&self, vm: &VmRecord, paths: &VmPaths) -> Result<(), CapabilityError>;
+    async fn clean_up(&self, _vm: &VmRecord, _paths: &VmPaths) -> Result<(), CapabilityError> {
+        Ok(())
+    }
 }

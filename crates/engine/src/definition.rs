@@ -10,8 +10,20 @@ use serde::{Deserialize, Serialize};
 pub struct Choice {
     /// The chosen back end's name, by which it is reopened.
     pub chosen: String,
-    /// Why it, and why not the others.
+    /// Why it.
     pub reasons: Vec<String>,
+    /// The others, best first.
+    #[serde(default)]
+    pub passed_over: Vec<PassedOver>,
+}
+
+/// A back end that was not chosen.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PassedOver {
+    /// Its name.
+    pub name: String,
+    /// Why not.
+    pub reason: String,
 }
 
 /// What was asked for and decided, fixed at creation.
@@ -67,6 +79,8 @@ pub struct Life {
     pub exit: Option<ExitStatus>,
     /// Why the last start failed, outermost first.
     pub failure: Vec<String>,
+    /// What of the running VM does not work any more. Not stored: whoever takes a VM over finds it out.
+    pub degraded: Vec<String>,
 }
 
 impl Life {
@@ -79,6 +93,7 @@ impl Life {
             finished_ms: None,
             exit: None,
             failure: Vec::new(),
+            degraded: Vec::new(),
         }
     }
 
@@ -154,6 +169,7 @@ impl VmRecord {
                 finished_ms: row.finished_ms,
                 exit: row.exit,
                 failure: row.failure,
+                degraded: Vec::new(),
             },
         })
     }

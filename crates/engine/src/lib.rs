@@ -21,6 +21,7 @@ pub mod capability;
 pub mod definition;
 pub mod paths;
 pub mod run;
+pub mod shares;
 
 pub mod operation;
 pub mod output;

@@ -25,6 +25,8 @@ use crate::run::{Ending, Live, Run, empty_plan};
 
 /// How long a guest gets to put its house in order after its main process ended by itself.
 const AFTER_MAIN: Duration = Duration::from_secs(2);
+/// How long a guest gets when it is stopped to be reset: what it keeps shall be whole.
+const BEFORE_RESET: Duration = Duration::from_secs(10);
 /// The first pause before a VM with a restart policy is started again; doubled each time, as Docker does it.
 const RESTART_PAUSE: Duration = Duration::from_millis(100);
 /// The longest such pause.
@@ -47,6 +49,8 @@ pub enum Request {
     Pause,
     /// Let them run again.
     Resume,
+    /// Drop what it wrote but its work; with `true` also when it runs: it is stopped first.
+    Reset(bool),
     /// Delete it; with `true` also when it runs.
     Remove(bool),
     /// Give it another name.
@@ -62,6 +66,8 @@ impl Request {
             Self::Signal(_) => RequestKind::Signal,
             Self::Pause => RequestKind::Pause,
             Self::Resume => RequestKind::Resume,
+            Self::Reset(false) => RequestKind::Reset,
+            Self::Reset(true) => RequestKind::ResetForced,
             Self::Remove(false) => RequestKind::Remove,
             Self::Remove(true) => RequestKind::RemoveForced,
             Self::Rename(_) => RequestKind::Rename,
@@ -109,6 +115,7 @@ enum Event {
     MainExited,
     VmmExited,
     RestartDue,
+    Degraded(Vec<String>),
 }
 
 pub(crate) struct Owner {
@@ -180,7 +187,7 @@ impl Owner {
                         // Every handle is gone: the daemon is shutting down, and the VM runs on.
                         None => return,
                     },
-                    event = next_event(self.run.clone(), self.restart_at) => {
+                    event = next_event(self.run.clone(), self.restart_at, &self.record.life.degraded) => {
                         self.handle_event(event, &mut letters, &mut waiting).await;
                         continue;
                     }
@@ -237,6 +244,12 @@ impl Owner {
             Request::Signal(signal) => self.signal(signal).await,
             Request::Pause => self.set_paused(true).await,
             Request::Resume => self.set_paused(false).await,
+            Request::Reset(_) => {
+                self.restart_at = None;
+                self.end(Ending::Graceful(BEFORE_RESET), ExitReason::Stopped)
+                    .await?;
+                self.reset().await
+            }
             Request::Remove(_) => {
                 self.restart_at = None;
                 if self.run.is_some() {
@@ -262,6 +275,12 @@ impl Owner {
         waiting: &mut VecDeque<Letter>,
     ) {
         let result = match event {
+            Event::Degraded(messages) => {
+                tracing::warn!(vm = %self.record.name, ?messages, "a VM works only in part");
+                self.record.life.degraded = messages;
+                self.announce();
+                return;
+            }
             Event::MainExited => {
                 self.end(Ending::Graceful(AFTER_MAIN), ExitReason::MainExited)
                     .await
@@ -512,6 +531,7 @@ impl Owner {
             machine: None,
             finished_ms: Some(now_ms()),
             exit: Some(exit),
+            degraded: Vec::new(),
             ..self.record.life.clone()
         };
         self.save(life).await?;
@@ -554,6 +574,20 @@ impl Owner {
             ..self.record.life.clone()
         })
         .await
+    }
+
+    /// Drops what the VM wrote but its work. Nothing of it runs.
+    async fn reset(&mut self) -> Result<(), VmError> {
+        let mut stages = Stages::begin("reset");
+        for capability in self.parts.capabilities.clone() {
+            let name = format!("{}.reset", capability.name());
+            stages
+                .stage(&name, capability.reset(&self.record, &self.paths))
+                .await
+                .map_err(|error| self.stage_error("reset", name.clone(), error))?;
+        }
+        self.keep(stages).await;
+        Ok(())
     }
 
     /// Deletes the VM. Its row goes first: from then on it is gone, and what a crash leaves is swept at the next start.
@@ -667,7 +701,11 @@ impl Owner {
 }
 
 /// Waits for what a run does by itself, or for a restart that is due.
-async fn next_event(run: Option<Arc<Run>>, restart_at: Option<tokio::time::Instant>) -> Event {
+async fn next_event(
+    run: Option<Arc<Run>>,
+    restart_at: Option<tokio::time::Instant>,
+    degraded: &[String],
+) -> Event {
     let Some(run) = run else {
         return match restart_at {
             Some(at) => {
@@ -687,6 +725,7 @@ async fn next_event(run: Option<Arc<Run>>, restart_at: Option<tokio::time::Insta
         biased;
         _ = run.wait_main_exit() => Event::MainExited,
         () = vmm => Event::VmmExited,
+        messages = run.wait_degraded(degraded) => Event::Degraded(messages),
     }
 }
 

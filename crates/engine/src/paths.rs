@@ -35,6 +35,34 @@ impl VmPaths {
         self.data.join("overlay.ext4")
     }
 
+    /// The work disk.
+    pub fn work(&self) -> PathBuf {
+        self.data.join("work.ext4")
+    }
+
+    /// The private root of a VM whose root is a copy.
+    pub fn root_copy(&self) -> PathBuf {
+        self.data.join("root.ext4")
+    }
+
+    /// Where the VMM meets the virtiofsd of a share.
+    pub fn share_socket(&self, tag: &str) -> PathBuf {
+        self.run.join(format!("{tag}.sock"))
+    }
+
+    /// The ending of the files that say which processes serve shares.
+    pub const SHARE_STATE: &str = ".share.json";
+
+    /// Which process serves a share.
+    pub fn share_state(&self, tag: &str) -> PathBuf {
+        self.data.join(format!("{tag}{}", Self::SHARE_STATE))
+    }
+
+    /// What its virtiofsds wrote.
+    pub fn virtiofsd_log(&self) -> PathBuf {
+        self.data.join("virtiofsd.log")
+    }
+
     /// What its main process wrote.
     pub fn output(&self) -> PathBuf {
         self.data.join("output.log")

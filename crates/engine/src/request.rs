@@ -17,6 +17,10 @@ pub enum RequestKind {
     Pause,
     /// Let them run again.
     Resume,
+    /// Drop what it wrote but its work; it must not run.
+    Reset,
+    /// The same, running or not.
+    ResetForced,
     /// Delete it; it must not run.
     Remove,
     /// Delete it, running or not.
@@ -29,13 +33,15 @@ pub enum RequestKind {
 
 impl RequestKind {
     /// Every kind, for tables and tests.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 12] = [
         Self::Start,
         Self::Stop,
         Self::Kill,
         Self::Signal,
         Self::Pause,
         Self::Resume,
+        Self::Reset,
+        Self::ResetForced,
         Self::Remove,
         Self::RemoveForced,
         Self::Rename,
@@ -51,6 +57,7 @@ impl RequestKind {
             Self::Signal => "signal",
             Self::Pause => "pause",
             Self::Resume => "resume",
+            Self::Reset | Self::ResetForced => "reset",
             Self::Remove | Self::RemoveForced => "remove",
             Self::Rename => "rename",
             Self::Session => "enter",
@@ -59,7 +66,10 @@ impl RequestKind {
 
     /// Whether it cuts a start short that is under way.
     pub fn interrupts_start(self) -> bool {
-        matches!(self, Self::Stop | Self::Kill | Self::RemoveForced)
+        matches!(
+            self,
+            Self::Stop | Self::Kill | Self::ResetForced | Self::RemoveForced
+        )
     }
 }
 
@@ -84,7 +94,7 @@ pub fn decide(state: VmState, request: RequestKind) -> Verdict {
     const START_IT: &str = "start it with `offshoot start {}`";
     const RESUME_IT: &str = "let it go on with `offshoot resume {}`";
     match (request, state) {
-        (R::Rename | R::RemoveForced, _) => Verdict::Do,
+        (R::Rename | R::RemoveForced | R::ResetForced, _) => Verdict::Do,
 
         (R::Start, S::Created | S::Stopped | S::Failed) => Verdict::Do,
         (R::Start, S::Running | S::Starting) => Verdict::AlreadySo,
@@ -108,6 +118,11 @@ pub fn decide(state: VmState, request: RequestKind) -> Verdict {
         (R::Resume, S::Paused) => Verdict::Do,
         (R::Resume, S::Running) => Verdict::AlreadySo,
         (R::Resume, _) => Verdict::Refuse(START_IT),
+
+        (R::Reset, S::Created | S::Stopped | S::Failed) => Verdict::Do,
+        (R::Reset, _) => {
+            Verdict::Refuse("stop it first with `offshoot stop {0}`, or use `offshoot reset -f {0}`")
+        }
 
         (R::Remove, S::Created | S::Stopped | S::Failed) => Verdict::Do,
         (R::Remove, _) => {
@@ -154,6 +169,7 @@ mod tests {
     fn a_vmm_is_never_left_behind() {
         for state in STATES.into_iter().filter(|s| s.has_vmm()) {
             assert_ne!(decide(state, RequestKind::Remove), Verdict::Do, "{state}");
+            assert_ne!(decide(state, RequestKind::Reset), Verdict::Do, "{state}");
             assert_ne!(decide(state, RequestKind::Start), Verdict::Do, "{state}");
         }
     }

@@ -5,15 +5,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use offshoot_agent_proto::client::AgentClient;
+use offshoot_agent_proto::v1;
 use offshoot_model::{ByteSize, VmId};
 use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice};
 use offshoot_vmm::{ExitCause, LaunchPlan, Machine};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::capability::VmPlan;
 use crate::definition::VmRecord;
 use crate::output::OutputLog;
 use crate::paths::VmPaths;
+use crate::shares::Shares;
 
 /// How a run is brought to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,19 +65,39 @@ impl MainExit {
     }
 }
 
+/// Where it is said what of a running VM does not work any more.
+#[derive(Clone)]
+pub struct Health(Arc<watch::Sender<Vec<String>>>);
+
+impl Health {
+    /// Says that something is gone for good in this run.
+    pub fn degrade(&self, message: String) {
+        self.0.send_if_modified(|messages| {
+            let new = !messages.contains(&message);
+            if new {
+                messages.push(message);
+            }
+            new
+        });
+    }
+}
+
 /// One run of a VM. Shared by reference with every hook.
 pub struct Run {
     /// The VM as it was when the run began.
     pub vm: Arc<VmRecord>,
     /// Where its files lie.
     pub paths: VmPaths,
-    /// What its VMM was told. Empty in devices when the run was adopted.
-    pub plan: LaunchPlan,
+    /// What its VMM and its guest are told. Empty when the run was adopted.
+    pub plan: VmPlan,
     /// Where the main process's output goes.
     pub output: OutputLog,
     /// Cancelled when the run ends: its background tasks stop.
     pub over: CancellationToken,
+    /// The virtiofsds that serve it.
+    pub shares: Shares,
     agent: AgentSlot,
+    health: Health,
     main_exit: MainExit,
     notes: Mutex<Notes>,
 }
@@ -89,13 +112,15 @@ struct Notes {
 
 impl Run {
     /// A run that is about to begin.
-    pub fn new(vm: Arc<VmRecord>, paths: VmPaths, plan: LaunchPlan, output: OutputLog) -> Self {
+    pub fn new(vm: Arc<VmRecord>, paths: VmPaths, plan: VmPlan, output: OutputLog) -> Self {
         Self {
             vm,
             paths,
             plan,
             output,
             over: CancellationToken::new(),
+            shares: Shares::default(),
+            health: Health(Arc::new(watch::Sender::new(Vec::new()))),
             agent: AgentSlot(Arc::new(watch::Sender::new(None))),
             main_exit: MainExit(Arc::new(watch::Sender::new(None))),
             notes: Mutex::new(Notes {
@@ -151,6 +176,25 @@ impl Run {
         }
     }
 
+    /// Where it is said what does not work any more, for a task of the run.
+    pub fn health(&self) -> Health {
+        self.health.clone()
+    }
+
+    /// Waits until something else does not work any more than what is `known`; gives all of it.
+    pub async fn wait_degraded(&self, known: &[String]) -> Vec<String> {
+        let mut receiver = self.health.0.subscribe();
+        match receiver
+            .wait_for(|messages| messages != known)
+            .await
+            .map(|m| m.clone())
+        {
+            Ok(messages) => messages,
+            // The sender lives as long as `self`.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
     /// How much of a hurry `stop` is in.
     pub fn ending(&self) -> Ending {
         self.notes().ending
@@ -193,25 +237,31 @@ impl Run {
     }
 }
 
-/// A plan with no devices, for the capabilities to fill in.
-pub fn empty_plan(vm: VmId) -> LaunchPlan {
-    LaunchPlan {
-        vm,
-        run_dir: PathBuf::new(),
-        log: PathBuf::new(),
-        console: PathBuf::new(),
-        cpus: 1,
-        memory: ByteSize::from_mib(0),
-        accel: Accel::Tcg,
-        kernel: PathBuf::new(),
-        initramfs: None,
-        cmdline: Vec::new(),
-        console_device: ConsoleDevice::default(),
-        disks: Vec::new(),
-        pmems: Vec::new(),
-        shares: Vec::new(),
-        nets: Vec::new(),
-        agent: AgentChannel::VirtioSerial,
-        identity: None,
+/// A plan with nothing in it, for the capabilities to fill in.
+pub fn empty_plan(vm: VmId) -> VmPlan {
+    VmPlan {
+        guest: v1::ConfigureRequest {
+            vm_id: vm.to_string(),
+            ..v1::ConfigureRequest::default()
+        },
+        launch: LaunchPlan {
+            vm,
+            run_dir: PathBuf::new(),
+            log: PathBuf::new(),
+            console: PathBuf::new(),
+            cpus: 1,
+            memory: ByteSize::from_mib(0),
+            accel: Accel::Tcg,
+            kernel: PathBuf::new(),
+            initramfs: None,
+            cmdline: Vec::new(),
+            console_device: ConsoleDevice::default(),
+            disks: Vec::new(),
+            pmems: Vec::new(),
+            shares: Vec::new(),
+            nets: Vec::new(),
+            agent: AgentChannel::VirtioSerial,
+            identity: None,
+        },
     }
 }

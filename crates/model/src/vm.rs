@@ -1,7 +1,8 @@
 //! What a VM is asked to be.
 
+use std::collections::HashSet;
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -144,6 +145,58 @@ pub struct Mount {
     pub target: PathBuf,
     /// Whether the guest may only read.
     pub read_only: bool,
+}
+
+impl Mount {
+    /// The target without doubled and trailing slashes and `.` components; nothing where it leads up or is relative.
+    pub fn plain_target(&self) -> Option<PathBuf> {
+        use std::path::Component;
+        let mut plain = PathBuf::from("/");
+        for component in self.target.is_absolute().then(|| self.target.components())? {
+            match component {
+                Component::RootDir | Component::CurDir => {}
+                Component::Normal(name) => plain.push(name),
+                Component::ParentDir | Component::Prefix(_) => return None,
+            }
+        }
+        Some(plain)
+    }
+
+    fn validate(&self) -> Result<PathBuf, ConfigError> {
+        let refuse = |what: &'static str| {
+            Err(ConfigError::Mount {
+                mount: format!("{}:{}", self.source.display(), self.target.display())
+                    .chars()
+                    .take(200)
+                    .flat_map(char::escape_debug)
+                    .collect(),
+                what,
+            })
+        };
+        let odd = |path: &PathBuf| path.to_str().is_none_or(|text| text.contains(char::is_control));
+        if odd(&self.source) || odd(&self.target) {
+            return refuse("a path holds control characters, or is no UTF-8");
+        }
+        if !self.source.is_absolute() {
+            return refuse("the folder of the host is not an absolute path");
+        }
+        if !self.target.is_absolute() {
+            return refuse("the target in the guest is not an absolute path");
+        }
+        let Some(target) = self.plain_target() else {
+            return refuse("the target in the guest has a `..` in it");
+        };
+        if target == Path::new("/") {
+            return refuse("the target in the guest is its root");
+        }
+        if ["/proc", "/sys", "/dev"]
+            .iter()
+            .any(|kernels| target.starts_with(kernels))
+        {
+            return refuse("the target in the guest belongs to its kernel");
+        }
+        Ok(target)
+    }
 }
 
 /// What to run, as the image's config says it (OCI image-spec, config.md, "config").
@@ -315,6 +368,28 @@ pub enum ConfigError {
     /// Nothing to run.
     #[error("nothing to run: the image names no command, and none was given")]
     NoCommand,
+    /// A shared folder that cannot be one.
+    #[error("cannot share `{mount}`: {what}")]
+    Mount {
+        /// What was asked for, shortened.
+        mount: String,
+        /// What is wrong with it.
+        what: &'static str,
+    },
+    /// Two shared folders on one target.
+    #[error("two shared folders have the target `{}`", target.display())]
+    MountTwice {
+        /// The target.
+        target: PathBuf,
+    },
+    /// More shared folders than a machine has room for.
+    #[error("{given} shared folders are too many for one VM: at most {most}")]
+    Mounts {
+        /// What was asked for.
+        given: usize,
+        /// The most.
+        most: usize,
+    },
     /// An argument or environment holds a NUL byte.
     #[error("an argument holds a NUL byte")]
     Nul,
@@ -323,6 +398,9 @@ pub enum ConfigError {
 impl VmConfig {
     /// The most vCPUs: QEMU's `microvm` and `q35` both take 255, and more than that is a typing error.
     pub const MAX_CPUS: u32 = 255;
+
+    /// The most shared folders: a machine has 24 slots for devices, some of them for disks and networks.
+    pub const MAX_MOUNTS: usize = 16;
 
     /// A request with every default, for `image`.
     pub fn new(image: impl Into<String>) -> Self {
@@ -387,6 +465,19 @@ impl VmConfig {
                 || self.stdin)
         {
             return Err(ConfigError::InitWithCommand);
+        }
+        if self.mounts.len() > Self::MAX_MOUNTS {
+            return Err(ConfigError::Mounts {
+                given: self.mounts.len(),
+                most: Self::MAX_MOUNTS,
+            });
+        }
+        let mut targets = HashSet::new();
+        for mount in &self.mounts {
+            let target = mount.validate()?;
+            if !targets.insert(target.clone()) {
+                return Err(ConfigError::MountTwice { target });
+            }
         }
         let arguments = self.cmd.iter().chain(self.entrypoint.iter().flatten());
         if arguments
@@ -490,5 +581,36 @@ mod tests {
             refuse(|c| (c.init, c.tty) = (true, true)),
             ConfigError::InitWithCommand
         ));
+    }
+    #[test]
+    fn shared_folders_must_make_sense() {
+        let check = |mounts: &[(&str, &str)], expected: Option<&str>| {
+            let mut config = VmConfig::new("x");
+            config.mounts = mounts
+                .iter()
+                .map(|(source, target)| Mount {
+                    source: source.into(),
+                    target: target.into(),
+                    read_only: false,
+                })
+                .collect();
+            match (config.validate(), expected) {
+                (Ok(()), None) => {}
+                (Err(error), Some(what)) if error.to_string().contains(what) => {}
+                (found, _) => panic!("{mounts:?}: {found:?}, not {expected:?}"),
+            }
+        };
+        check(&[("/a", "/b"), ("/a", "/b/c"), ("/x, =y", "/-d")], None);
+        check(&[("a", "/b")], Some("not an absolute path"));
+        check(&[("", "/b")], Some("not an absolute path"));
+        check(&[("/a", "b")], Some("not an absolute path"));
+        check(&[("/a", "/")], Some("its root"));
+        check(&[("/a", "//./")], Some("its root"));
+        check(&[("/a", "/b/../c")], Some("`..`"));
+        check(&[("/a", "/proc/x")], Some("its kernel"));
+        check(&[("/a\nb", "/b")], Some("control characters"));
+        check(&[("/a", "/b"), ("/c", "/b/")], Some("target `/b`"));
+        check(&[("/a", "/b"), ("/c", "//b/.")], Some("target `/b`"));
+        check(&[("/a", "/b"); 17], Some("too many"));
     }
 }

@@ -4,6 +4,7 @@
 //!   disk; and a reader of what it wrote.
 //! - [`unpack`]: an image's tree as files, for the root back ends that need them; [`compare`] tells whether it still is.
 //! - [`seed`]: pristine ext4 disks and their clones; [`copy`]: whole trees on a disk of their own.
+//! - [`policy`]: which root back end a VM gets.
 //! - [`base`]: the store of bases; prepares an image once and publishes the result atomically.
 
 mod room;
@@ -17,3 +18,5 @@ pub mod copy;
 pub mod seed;
 
 pub mod base;
+
+pub mod policy;

@@ -6,17 +6,19 @@ use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use offshoot_api::vm::{
-    Decision, KillQuery, ListQuery, RemoveQuery, RenameQuery, StopQuery, VmDetails, VmSummary, WaitAnswer,
+    Decision, KillQuery, ListQuery, PassedOver, RemoveQuery, RenameQuery, ResetQuery, StopQuery, VmDetails,
+    VmSummary, WaitAnswer,
 };
+use offshoot_engine::capabilities::check_source;
 use offshoot_engine::definition::{Choice, VmRecord};
 use offshoot_engine::engine::CreateRequest;
 use offshoot_engine::owner::{Request, VmHandle};
-use offshoot_model::{Boot, ErrorKind, Progress, RootRequest, VmConfig, VmName, VmState, VmmRequest};
-use offshoot_vmm::plan::Accel;
+use offshoot_model::{Boot, ErrorKind, Progress, VmConfig, VmName, VmState};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::{App, Shared};
+use crate::choose;
 use crate::error::{Answer, Failure};
 use crate::extract::{JsonBody, Query};
 
@@ -33,6 +35,7 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(kill))
         .routes(routes!(pause))
         .routes(routes!(resume))
+        .routes(routes!(reset))
         .routes(routes!(rename))
         .routes(routes!(wait))
 }
@@ -54,7 +57,7 @@ pub(super) fn summary(vm: &VmRecord) -> VmSummary {
         started_ms: vm.life.started_ms,
         finished_ms: vm.life.finished_ms,
         exit: vm.life.exit,
-        degraded: Vec::new(),
+        degraded: vm.life.degraded.clone(),
     }
 }
 
@@ -69,53 +72,6 @@ fn quote(argv: &[String]) -> String {
         }
     });
     words.collect::<Vec<_>>().join(" ")
-}
-
-/// Which VMM, out of the request and what this build has.
-fn choose_vmm(app: &App, request: VmmRequest) -> Answer<Choice> {
-    let refuse = |name: &str| {
-        Err(Failure::new(
-            ErrorKind::NotPossible,
-            format!("this offshootd has no driver for {name}"),
-        )
-        .hint("leave `--vmm` out, or use `--vmm qemu`"))
-    };
-    match request {
-        VmmRequest::CloudHypervisor => return refuse("Cloud Hypervisor"),
-        VmmRequest::Firecracker => return refuse("Firecracker"),
-        VmmRequest::Auto | VmmRequest::Qemu => {}
-    }
-    let how = match app.accelerator.accel {
-        Accel::Kvm => "on KVM",
-        Accel::Tcg => "emulated in software",
-    };
-    let first = match request {
-        VmmRequest::Auto => "the only VMM this version drives".to_owned(),
-        _ => "asked for".to_owned(),
-    };
-    Ok(Choice {
-        chosen: "qemu".into(),
-        reasons: vec![first, format!("{how}: {}", app.accelerator.probe.explanation)],
-    })
-}
-
-/// How the root is shown, out of the request and what this build can do.
-fn choose_root(request: RootRequest) -> Answer<Choice> {
-    let reason = match request {
-        RootRequest::Auto => "a shared root that works on every VMM",
-        RootRequest::Block => "asked for",
-        RootRequest::Pmem | RootRequest::Virtiofs | RootRequest::Copy => {
-            return Err(Failure::new(
-                ErrorKind::NotPossible,
-                "this version shows a root only as `block`",
-            )
-            .hint("leave `--root` out, or use `--root block`"));
-        }
-    };
-    Ok(Choice {
-        chosen: "block".into(),
-        reasons: vec![reason.into()],
-    })
 }
 
 #[utoipa::path(post, path = "/v1/vms", request_body = VmConfig,
@@ -145,17 +101,15 @@ async fn create(
         )
         .hint("leave `--boot` out, or use `--boot cold`"));
     }
-    if !config.mounts.is_empty() {
-        return Err(Failure::new(
-            ErrorKind::NotPossible,
-            "this version cannot share folders with a VM",
-        )
-        .hint("copy them in with `offshoot cp`"));
+    for mount in &config.mounts {
+        check_source(mount)?;
     }
-    let vmm = choose_vmm(&app, config.vmm)?;
-    let root = choose_root(config.root)?;
-    let ready = app.images.ready(&config.image, &Progress::silent()).await?;
+    let vmm = choose::vmm(&app, config.vmm)?;
     let kernel = app.kernels.default()?;
+    // Refused before anything is made; chosen when it is known how large the root is.
+    choose::root(&app, &config, &vmm, &kernel, None).await?;
+    let ready = app.images.ready(&config.image, &Progress::silent()).await?;
+    let root = choose::root(&app, &config, &vmm, &kernel, Some(ready.root_size)).await?;
     let request = CreateRequest {
         image_config: ready.image.config.clone(),
         image_digest: ready.image.digest,
@@ -188,7 +142,14 @@ async fn inspect(State(app): State<Shared>, Path(name): Path<String>) -> Answer<
     let decision = |choice: &Choice| Decision {
         chosen: choice.chosen.clone(),
         reasons: choice.reasons.clone(),
-        passed_over: Vec::new(),
+        passed_over: choice
+            .passed_over
+            .iter()
+            .map(|other| PassedOver {
+                name: other.name.clone(),
+                reason: other.reason.clone(),
+            })
+            .collect(),
     };
     let disk_bytes = if handle.paths.data().exists() {
         offshoot_sys::space::disk_usage(handle.paths.data()).unwrap_or(0)
@@ -295,6 +256,16 @@ async fn pause(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Js
     responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
 async fn resume(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
     ask(&app, &name, Request::Resume).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/reset", params(("vm" = String, Path), ResetQuery),
+    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn reset(
+    State(app): State<Shared>,
+    Path(name): Path<String>,
+    Query(query): Query<ResetQuery>,
+) -> Answer<Json<VmSummary>> {
+    ask(&app, &name, Request::Reset(query.force)).await
 }
 
 #[utoipa::path(post, path = "/v1/vms/{vm}/rename", params(("vm" = String, Path), RenameQuery),

@@ -6,14 +6,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use offshoot_agent_proto::client::{AgentClient, CallError, ConnectError};
 use offshoot_agent_proto::v1;
-use offshoot_model::{ErrorKind, Explain, Finding};
-use offshoot_vmm::{AgentEndpoint, ExitCause, LaunchPlan, Machine};
+use offshoot_model::{ErrorKind, Explain};
+use offshoot_vmm::{AgentEndpoint, ExitCause, Machine};
 
-use super::overlay::OVERLAY_SERIAL;
-use super::root::ROOT_SERIAL;
 use crate::capability::{Capability, CapabilityError};
-use crate::definition::VmRecord;
-use crate::paths::VmPaths;
 use crate::run::{AgentSlot, Ending, Run};
 
 /// Connects to the agent, makes the guest this VM, and shuts it down.
@@ -148,18 +144,6 @@ impl Capability for AgentCapability {
         "agent"
     }
 
-    async fn check(&self) -> Vec<Finding> {
-        Vec::new()
-    }
-
-    fn plan(&self, _: &VmRecord, _: &VmPaths, _: &mut LaunchPlan) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
-    async fn prepare(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
     async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError> {
         let began = std::time::Instant::now();
         let agent = self.first_contact(run).await.map_err(boxed)?;
@@ -168,16 +152,10 @@ impl Capability for AgentCapability {
         offshoot_sys::random::fill(&mut entropy).map_err(|source| boxed(AgentError::Entropy(source)))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let request = v1::ConfigureRequest {
-            vm_id: run.vm.id.to_string(),
             hostname: run.vm.name.to_string(),
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             entropy: entropy.into(),
-            root: Some(v1::configure_request::Root::RootBlockSerial(
-                ROOT_SERIAL.to_owned(),
-            )),
-            overlay_serial: OVERLAY_SERIAL.to_owned(),
-            work_serial: String::new(),
-            mounts: Vec::new(),
+            ..run.plan.guest.clone()
         };
         let stages = agent
             .configure(request)
@@ -219,10 +197,6 @@ impl Capability for AgentCapability {
                 tracing::warn!(vm = %run.vm.name, %error, "the guest did not shut down; its VMM is ended");
             }
         }
-        Ok(())
-    }
-
-    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
         Ok(())
     }
 }

@@ -6,10 +6,9 @@ use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use offshoot_model::{ErrorKind, Explain, Finding, Severity};
-use offshoot_vmm::LaunchPlan;
 
 use super::finding;
-use crate::capability::{Capability, CapabilityError};
+use crate::capability::{Capability, CapabilityError, VmPlan};
 use crate::definition::VmRecord;
 use crate::owner::remove_tree;
 use crate::paths::VmPaths;
@@ -94,10 +93,10 @@ impl Capability for FoldersCapability {
         findings
     }
 
-    fn plan(&self, _: &VmRecord, paths: &VmPaths, plan: &mut LaunchPlan) -> Result<(), CapabilityError> {
-        paths.run().clone_into(&mut plan.run_dir);
-        plan.log = paths.vmm_log();
-        plan.console = paths.console();
+    fn plan(&self, _: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
+        paths.run().clone_into(&mut plan.launch.run_dir);
+        plan.launch.log = paths.vmm_log();
+        plan.launch.console = paths.console();
         Ok(())
     }
 
@@ -109,22 +108,9 @@ impl Capability for FoldersCapability {
         Ok(())
     }
 
-    async fn after_boot(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
-    async fn adopt(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
         let path = run.paths.run().to_owned();
         remove_tree(&path).map_err(|source| Box::new(FolderError { path, source }) as CapabilityError)
-    }
-
-    /// The kept folder is deleted by the owner after the row: the row is what says that a VM exists.
-    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
-        Ok(())
     }
 }
 

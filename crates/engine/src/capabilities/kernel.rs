@@ -5,14 +5,12 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use offshoot_kernel::KernelStore;
 use offshoot_model::{Finding, Severity};
-use offshoot_vmm::LaunchPlan;
 use offshoot_vmm::plan::ConsoleDevice;
 
 use super::finding;
-use crate::capability::{Capability, CapabilityError};
+use crate::capability::{Capability, CapabilityError, VmPlan};
 use crate::definition::VmRecord;
 use crate::paths::VmPaths;
-use crate::run::Run;
 
 /// What every guest's kernel is told.
 ///
@@ -64,37 +62,19 @@ impl Capability for KernelCapability {
         vec![found]
     }
 
-    fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut LaunchPlan) -> Result<(), CapabilityError> {
+    fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
+        let launch = &mut plan.launch;
         let bundle = self
             .kernels
             .get(&vm.kernel_id)
             .map_err(|error| Box::new(error) as CapabilityError)?;
-        plan.kernel = bundle.vmlinux();
-        plan.initramfs = Some(bundle.initramfs());
-        plan.console_device = ConsoleDevice::Serial;
-        plan.cmdline
-            .push(format!("console={}", plan.console_device.kernel_name()));
-        plan.cmdline.extend(COMMAND_LINE.map(str::to_owned));
-        Ok(())
-    }
-
-    async fn prepare(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
-    async fn after_boot(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
-    async fn adopt(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
-    async fn stop(&self, _: &Run) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
-    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
+        launch.kernel = bundle.vmlinux();
+        launch.initramfs = Some(bundle.initramfs());
+        launch.console_device = ConsoleDevice::Serial;
+        launch
+            .cmdline
+            .push(format!("console={}", launch.console_device.kernel_name()));
+        launch.cmdline.extend(COMMAND_LINE.map(str::to_owned));
         Ok(())
     }
 }

@@ -6,14 +6,11 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use offshoot_agent_proto::client::{CallError, MainStart, OutputStream, ProcessEvent};
 use offshoot_agent_proto::v1;
-use offshoot_model::{ErrorKind, Explain, Finding};
-use offshoot_vmm::LaunchPlan;
+use offshoot_model::{ErrorKind, Explain};
 
 use crate::capability::{Capability, CapabilityError};
-use crate::definition::VmRecord;
 use crate::output::{OutputLog, Record, RecordKind};
 use crate::owner::now_ms;
-use crate::paths::VmPaths;
 use crate::run::{AgentSlot, Ending, MainExit, Run};
 
 /// Starts the main process and keeps what it writes.
@@ -168,14 +165,6 @@ impl Capability for MainProcessCapability {
         "main"
     }
 
-    async fn check(&self) -> Vec<Finding> {
-        Vec::new()
-    }
-
-    fn plan(&self, _: &VmRecord, _: &VmPaths, _: &mut LaunchPlan) -> Result<(), CapabilityError> {
-        Ok(())
-    }
-
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
         run.output.begin_run(now_ms()).map_err(|source| {
             boxed(MainError::Log {
@@ -229,10 +218,6 @@ impl Capability for MainProcessCapability {
             let _ = agent.signal_main(offshoot_sys::signal::KILL).await;
             let _ = tokio::time::timeout(Duration::from_secs(1), run.wait_main_exit()).await;
         }
-        Ok(())
-    }
-
-    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
         Ok(())
     }
 }

@@ -8,10 +8,10 @@ use async_trait::async_trait;
 use offshoot_model::{ByteSize, ErrorKind, Explain, Finding, Severity};
 use offshoot_sys::kvm::KvmProbe;
 use offshoot_vmm::plan::{Accel, AgentChannel, VmmIdentity};
-use offshoot_vmm::{Driver, LaunchPlan, MachineState};
+use offshoot_vmm::{Driver, MachineState};
 
 use super::finding;
-use crate::capability::{Capability, CapabilityError};
+use crate::capability::{Capability, CapabilityError, VmPlan};
 use crate::definition::VmRecord;
 use crate::paths::VmPaths;
 use crate::run::{Ending, Run};
@@ -118,18 +118,19 @@ impl Capability for VmmCapability {
         findings
     }
 
-    fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut LaunchPlan) -> Result<(), CapabilityError> {
+    fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
+        let launch = &mut plan.launch;
         let config = &vm.definition.config;
-        plan.cpus = config.cpus;
-        plan.memory = ByteSize::from_mib(config.memory.mib());
-        plan.accel = self.accelerator.accel;
-        plan.agent = AgentChannel::VirtioSerial;
+        launch.cpus = config.cpus;
+        launch.memory = ByteSize::from_mib(config.memory.mib());
+        launch.accel = self.accelerator.accel;
+        launch.agent = AgentChannel::VirtioSerial;
         let kvm = self
             .accelerator
             .kvm_gid
             .filter(|_| self.accelerator.accel == Accel::Kvm);
         let groups = std::iter::once(self.gid).chain(kvm).collect();
-        plan.identity = Some(VmmIdentity {
+        launch.identity = Some(VmmIdentity {
             uid: vm.uid,
             gid: vm.uid,
             groups,
@@ -140,14 +141,10 @@ impl Capability for VmmCapability {
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
         let driver = self.driver(&run.vm.definition.vmm.chosen)?;
         let machine = driver
-            .launch(&run.plan)
+            .launch(&run.plan.launch)
             .await
             .map_err(|error| Box::new(error) as CapabilityError)?;
         run.set_machine(machine.into());
-        Ok(())
-    }
-
-    async fn after_boot(&self, _: &Run) -> Result<(), CapabilityError> {
         Ok(())
     }
 
@@ -183,9 +180,5 @@ impl Capability for VmmCapability {
             .kill()
             .await
             .map_err(|error| Box::new(error) as CapabilityError)
-    }
-
-    async fn clean_up(&self, _: &VmRecord, _: &VmPaths) -> Result<(), CapabilityError> {
-        Ok(())
     }
 }

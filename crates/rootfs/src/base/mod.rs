@@ -43,7 +43,7 @@ use crate::erofs::SpaceGuard;
 
 pub use error::{BaseError, PrepareError, TreeError, VerifyError};
 pub use manifest::{BaseManifest, RootInfo, SeedInfo, base_id};
-pub use verify::{Verified, VerifiedPart};
+pub use verify::{CheckedPart, Verified, VerifiedPart};
 
 use flight::Flights;
 use prepare::{Job, Present};

@@ -24,6 +24,15 @@ pub struct VerifiedPart {
     pub bytes: u64,
 }
 
+/// A part of a base that was looked at.
+#[derive(Debug)]
+pub struct CheckedPart {
+    /// The file, or the folder of the tree.
+    pub path: PathBuf,
+    /// How many bytes were read, as in [`VerifiedPart::bytes`], or what is wrong.
+    pub result: Result<u64, VerifyError>,
+}
+
 /// What was checked, and was well.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verified {
@@ -33,57 +42,70 @@ pub struct Verified {
 
 impl BaseStore {
     /// Reads all of a base and compares it with what was recorded when it was made; a tree is compared with the root.
-    /// Stops at the first part that is not as it was. Waits for whoever works on the base. Blocks the thread; needs root.
+    /// Fails with the first part that is not as it was. Waits for whoever works on the base. Blocks the thread; needs root.
     pub fn verify(&self, id: &BaseId) -> Result<Verified, VerifyError> {
+        let parts = self
+            .verify_parts(id)
+            .map_err(|source| VerifyError::Base { source })?;
+        let well = |CheckedPart { path, result }| result.map(|bytes| VerifiedPart { path, bytes });
+        Ok(Verified {
+            parts: parts.into_iter().map(well).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// As [`verify`](Self::verify), but tells of each part.
+    pub fn verify_parts(&self, id: &BaseId) -> Result<Vec<CheckedPart>, BaseError> {
         // Otherwise a base that is swapped meanwhile would be compared with the record of the old one.
         let lock_path = self.shared.lock_path(id);
-        let _lock = FileLock::exclusive(&lock_path).map_err(|source| VerifyError::Base {
-            source: BaseError::io("lock", &lock_path)(source),
-        })?;
-        let base = self
-            .shared
-            .load(id)
-            .map_err(|source| VerifyError::Base { source })?;
+        let _lock = FileLock::exclusive(&lock_path).map_err(BaseError::io("lock", &lock_path))?;
+        let base = self.shared.load(id)?;
         let mut parts = vec![
-            root(base.root_erofs(), &base.manifest.root)?,
-            seed(base.overlay_seed(), &base.manifest.overlay_seed)?,
-            seed(base.work_seed(), &base.manifest.work_seed)?,
+            root(base.root_erofs(), &base.manifest.root),
+            seed(base.overlay_seed(), &base.manifest.overlay_seed),
+            seed(base.work_seed(), &base.manifest.work_seed),
         ];
         if let Some(path) = tree::present(&base) {
             let compared = ErofsImage::open(&base.root_erofs())
                 .map_err(CompareError::from)
                 .and_then(|image| compare(&image, &path));
-            match compared {
-                Ok(bytes) => parts.push(VerifiedPart { path, bytes }),
-                Err(CompareError::Image { source }) => return Err(VerifyError::Image { path, source }),
-                Err(source) => return Err(VerifyError::Tree { path, source }),
-            }
+            let result = compared.map_err(|error| match error {
+                CompareError::Image { source } => VerifyError::Image {
+                    path: path.clone(),
+                    source,
+                },
+                source => VerifyError::Tree {
+                    path: path.clone(),
+                    source,
+                },
+            });
+            parts.push(CheckedPart { path, result });
         }
-        Ok(Verified { parts })
+        Ok(parts)
     }
 }
 
-fn root(path: PathBuf, info: &super::RootInfo) -> Result<VerifiedPart, VerifyError> {
+fn root(path: PathBuf, info: &super::RootInfo) -> CheckedPart {
     check(path, |file| {
         let hash = prepare::hash(file, &mut |_| true)?;
         Ok((hash == Some(info.sha256), file.metadata()?.len()))
     })
 }
 
-fn seed(path: PathBuf, info: &SeedInfo) -> Result<VerifiedPart, VerifyError> {
+fn seed(path: PathBuf, info: &SeedInfo) -> CheckedPart {
     check(path, |file| {
         let hash = hash_blocks(file, &mut || true)?;
         Ok((hash == Some(info.blocks_sha256), file.metadata()?.blocks() * 512))
     })
 }
 
-fn check(
-    path: PathBuf,
-    read: impl FnOnce(&File) -> io::Result<(bool, u64)>,
-) -> Result<VerifiedPart, VerifyError> {
-    match File::open(&path).and_then(|file| read(&file)) {
-        Ok((true, bytes)) => Ok(VerifiedPart { path, bytes }),
-        Ok((false, _)) => Err(VerifyError::Damaged { path }),
-        Err(source) => Err(VerifyError::Read { path, source }),
-    }
+fn check(path: PathBuf, read: impl FnOnce(&File) -> io::Result<(bool, u64)>) -> CheckedPart {
+    let result = match File::open(&path).and_then(|file| read(&file)) {
+        Ok((true, bytes)) => Ok(bytes),
+        Ok((false, _)) => Err(VerifyError::Damaged { path: path.clone() }),
+        Err(source) => Err(VerifyError::Read {
+            path: path.clone(),
+            source,
+        }),
+    };
+    CheckedPart { path, result }
 }

@@ -1,0 +1,49 @@
+//! The work disk: a private ext4 mounted at `/root`, with what the image has there. It outlives a reset.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use offshoot_rootfs::base::BaseStore;
+use offshoot_rootfs::seed::clone_work_seed;
+use offshoot_vmm::plan::DiskPlan;
+
+use super::disk;
+use crate::capability::{Capability, CapabilityError, VmPlan};
+use crate::definition::VmRecord;
+use crate::paths::VmPaths;
+use crate::run::Run;
+
+/// The serial under which the guest finds its work disk.
+const SERIAL: &str = "work";
+
+/// Clones the base's work seed on the first start.
+pub struct WorkCapability {
+    /// All bases.
+    pub bases: Arc<BaseStore>,
+}
+
+#[async_trait]
+impl Capability for WorkCapability {
+    fn name(&self) -> &'static str {
+        "work"
+    }
+
+    fn plan(&self, _: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
+        plan.launch.disks.push(DiskPlan {
+            serial: SERIAL.to_owned(),
+            path: paths.work(),
+            read_only: false,
+        });
+        SERIAL.clone_into(&mut plan.guest.work_serial);
+        Ok(())
+    }
+
+    async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
+        let seed = self.bases.locate(&run.vm.base_id).work_seed();
+        let size = run.vm.definition.config.work;
+        disk::ensure(run.paths.work(), run.vm.uid, move |path| {
+            clone_work_seed(&seed, path, size).map(drop)
+        })
+        .await
+    }
+}
