@@ -3,6 +3,7 @@
 //! Nothing here knows networks, storage or images: a disk is a path, a network device the name of a TAP. One trait
 //! pair, [`Driver`] and [`Machine`], stands before every VMM; [`qemu`] is the first behind it. The fake
 //! (`offshoot-fake-vmm`, [`fake`]) is another *program* under the real QEMU driver, so that tests exercise the driver.
+//! [`virtiofsd`] serves the folders that a plan shares; it is started before the VMM, which connects to it.
 //!
 //! ```text
 //! LaunchPlan ─ validate ─► Driver::launch ─► VMM process ─► Box<dyn Machine> ─ state() ─► MachineState (stored)
@@ -11,6 +12,7 @@
 //! ```
 
 mod ask;
+pub mod cloud_hypervisor;
 mod driver;
 pub mod fake;
 mod machine;

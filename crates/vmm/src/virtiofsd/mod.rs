@@ -19,7 +19,7 @@
 //! Locks stay within a guest: neither program offers POSIX locks of the host whole (QEMU's cannot wait for one, the
 //! Rust one has none), while a guest's own kernel keeps all of them.
 //!
-//! Two programs are in the field, [`VirtiofsdFlavour`]; what they are told is in [`args`].
+//! Two programs are in the field, [`VirtiofsdFlavour`]; what they are told is in [`arguments`].
 
 mod args;
 mod log;
