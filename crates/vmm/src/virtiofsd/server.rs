@@ -1,14 +1,15 @@
 //! One virtiofsd for one share of one VM: started, waited for, found again, ended.
 //!
 //! ```text
-//! serve ─► socket bound ─► process ─► VMM connects ─► VMM gone ─► process gone ─► socket removed, words saved
+//! serve ─► socket bound ─► process ─► VMM connects ─► VMM gone ─► process gone ─► files removed, words saved
 //!                             └─ kill(), crash ────────────────────────┘
 //! ```
 //!
 //! When its client has connected, the program forks into its namespaces; the process that we know waits for the other,
 //! and takes it along when it dies. Ending by force looks for both.
 
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -96,6 +97,40 @@ pub struct ShareState {
     pub socket: PathBuf,
     /// Where its words are kept when it has ended.
     pub log: PathBuf,
+}
+
+impl ShareState {
+    /// A state has a few paths, each at most 4 KiB.
+    const MAX_FILE: u64 = 64 << 10;
+
+    /// The file beside the socket that holds the state from the moment the process exists until it is gone.
+    fn file(socket: &Path) -> PathBuf {
+        let mut name = socket.as_os_str().to_owned();
+        name.push(".json");
+        name.into()
+    }
+
+    /// Reads the state that [`Virtiofsd::serve`] left beside a socket; `None` when there is none, or it is no state.
+    ///
+    /// For a daemon that was killed between the start and its own record of it.
+    pub fn load(socket: &Path) -> io::Result<Option<Self>> {
+        let file = match File::open(Self::file(socket)) {
+            Ok(file) => file,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let mut text = Vec::new();
+        file.take(Self::MAX_FILE).read_to_end(&mut text)?;
+        Ok(serde_json::from_slice(&text).ok())
+    }
+
+    /// Writes the state beside the socket, whole or not at all. No fsync: processes do not outlive a power cut.
+    fn save(&self) -> io::Result<()> {
+        let file = Self::file(&self.socket);
+        let unfinished = file.with_extension("tmp");
+        std::fs::write(&unfinished, serde_json::to_vec(self)?)?;
+        std::fs::rename(unfinished, file)
+    }
 }
 
 /// How a share's server ended.
@@ -237,7 +272,8 @@ impl Virtiofsd {
 
     /// Starts a virtiofsd for one share of one VM. When it returns, the VMM can connect.
     ///
-    /// What the program dislikes it says a moment later: [`ShareServer::wait_exit`] then returns. As root only, and
+    /// As soon as the process exists, [`ShareState::load`] finds it, for a daemon that dies in here. What the program
+    /// dislikes it says a moment later: [`ShareServer::wait_exit`] then returns. As root only, and
     /// once per socket. On failure nothing is left. Dropping the future is safe and leaves nothing.
     pub async fn serve(&self, share: &ShareConfig) -> Result<ShareServer, ShareError> {
         let facts = self
@@ -286,7 +322,7 @@ impl Virtiofsd {
             ..DetachedCommand::new(&facts.program)
         };
         let (process, pidfd) = spawn_detached(command).map_err(|source| {
-            remove_socket(&share.socket);
+            remove_files(&share.socket);
             ShareError::Spawn { source }
         })?;
         tracing::debug!(tag = share.tag, pid = process.pid, source = %source.display(), "virtiofsd started");
@@ -297,13 +333,23 @@ impl Virtiofsd {
             socket: share.socket.clone(),
             log: share.log.clone(),
         };
+        if let Err(source) = state.save() {
+            if let Err(error) = pidfd.send_signal(Signal::KILL) {
+                tracing::warn!(tag = share.tag, %error, "cannot kill a virtiofsd that cannot be recorded");
+            }
+            remove_files(&share.socket);
+            return Err(ShareError::Prepare {
+                path: ShareState::file(&share.socket),
+                source,
+            });
+        }
         Ok(ShareServer::start(state, pidfd, Some(words)))
     }
 
     /// Finds a server that an earlier daemon started; `None` when its process is gone, and then its socket is too.
     pub fn reopen(state: &ShareState) -> io::Result<Option<ShareServer>> {
         let Some(process) = PidFd::open(&state.process)? else {
-            remove_socket(&state.socket);
+            remove_files(&state.socket);
             return Ok(None);
         };
         let words = Words::of_process(state.process.pid)
@@ -343,15 +389,18 @@ fn listen(path: &Path, (uid, gid): (u32, u32)) -> io::Result<OwnedFd> {
         // One VMM connects, once.
         Ok(rustix::net::listen(&socket, 1)?)
     };
-    open().inspect_err(|_| remove_socket(path))?;
+    open().inspect_err(|_| remove_files(path))?;
     Ok(socket)
 }
 
-fn remove_socket(path: &Path) {
-    if let Err(error) = std::fs::remove_file(path)
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        tracing::warn!(path = %path.display(), %error, "cannot remove the socket of a virtiofsd that is gone");
+/// Removes socket and state of a process that is gone.
+fn remove_files(socket: &Path) {
+    for path in [socket, &ShareState::file(socket)] {
+        if let Err(error) = std::fs::remove_file(path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(path = %path.display(), %error, "cannot remove a file of a virtiofsd that is gone");
+        }
     }
 }
 
@@ -447,7 +496,7 @@ impl ShareServer {
 
 async fn watch_until_gone(shared: Arc<Shared>) {
     let process = shared.process.wait_exit().await;
-    remove_socket(&shared.state.socket);
+    remove_files(&shared.state.socket);
     let said = shared.words.as_ref().map(Words::said).unwrap_or_default();
     if let Some(words) = &shared.words
         && let Err(error) = words.save(&shared.state.log)

@@ -1,5 +1,6 @@
 //! What every VMM must do, asked of real QEMU (without KVM, with guests of a few bytes) and of the fake.
 
+mod devices;
 mod guest;
 mod rig;
 mod shares;

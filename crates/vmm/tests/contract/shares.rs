@@ -11,8 +11,8 @@ use offshoot_sys::process::{Exit, PidFd, ProcessIdentity, Signal, session_member
 use offshoot_vmm::MachineStatus;
 use offshoot_vmm::plan::SharePlan;
 use offshoot_vmm::virtiofsd::{
-    DEFAULT_PROGRAMS, ShareCache, ShareConfig, ShareError, ShareServer, Virtiofsd, VirtiofsdConfig,
-    VirtiofsdFlavour,
+    DEFAULT_PROGRAMS, ShareCache, ShareConfig, ShareError, ShareServer, ShareState, Virtiofsd,
+    VirtiofsdConfig, VirtiofsdFlavour,
 };
 
 use crate::guest::End;
@@ -234,9 +234,11 @@ async fn a_share_is_found_again_by_another_daemon() {
         let place = Place::new();
         let share = place.share(false);
         let server = virtiofsd.serve(&share).await.unwrap();
-        let stored = serde_json::to_string(server.state()).unwrap();
+        let state = server.state().clone();
         drop(server);
-        let stored = serde_json::from_str(&stored).unwrap();
+        // Also by a daemon that nobody told of it.
+        let stored = ShareState::load(&share.socket).unwrap().expect("it is recorded");
+        assert_eq!(stored, state);
         let again = Virtiofsd::reopen(&stored).unwrap().expect("it runs");
         assert!(share.socket.exists());
         let client = UnixStream::connect(&share.socket).unwrap();
@@ -245,6 +247,15 @@ async fn a_share_is_found_again_by_another_daemon() {
         again.wait_exit().await;
         gone(&inner).await;
         assert!(Virtiofsd::reopen(&stored).unwrap().is_none());
+        assert_eq!(ShareState::load(&share.socket).unwrap(), None);
+        let names: Vec<_> = std::fs::read_dir(place.folder.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name())
+            .collect();
+        assert!(
+            names.iter().all(|name| name == ODD_NAME || name == "share.log"),
+            "{names:?}"
+        );
 
         // And one that died while no daemon ran leaves its socket until somebody looks.
         std::fs::write(&share.socket, "").unwrap();
