@@ -11,15 +11,24 @@
 //! Sources: open_tree(2), mount_setattr(2), move_mount(2), mount_namespaces(7). Linux 5.12.
 
 use std::ffi::CStr;
-use std::path::PathBuf;
+use std::path::{Component, PathBuf};
 
 /// A folder that a child sees without device nodes, and perhaps only to read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BoundFolder {
-    /// The folder, an absolute path; its last part must be no symbolic link.
+    /// The folder, an absolute path without `..` and symbolic links; not `/`, which nothing can be bound over.
     pub path: PathBuf,
     /// Whether writing to it, and to everything that is mounted below it, fails with `EROFS` in the child.
     pub read_only: bool,
+}
+
+impl BoundFolder {
+    /// Whether the path is one that a mount can hide from its own process.
+    pub(super) fn is_possible(&self) -> bool {
+        let mut parts = self.path.components();
+        let below_root = parts.next() == Some(Component::RootDir) && self.path.file_name().is_some();
+        below_root && parts.all(|part| matches!(part, Component::Normal(_)))
+    }
 }
 
 /// The steps of [`bind`], in order.
@@ -221,6 +230,24 @@ mod tests {
         let (_, said) = run(&folder, "cat null").await;
         assert!(said.contains("Permission denied"), "{said}");
         std::fs::read(&node).unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_would_not_take_effect_is_refused() {
+        for path in ["/", "/.", "/..", "/usr/..", "usr", ""] {
+            let error = spawn_detached(DetachedCommand {
+                bound_folder: Some(BoundFolder {
+                    path: path.into(),
+                    read_only: true,
+                }),
+                ..DetachedCommand::new("/bin/true")
+            })
+            .unwrap_err();
+            assert!(
+                matches!(error, SpawnError::BoundFolder { .. }),
+                "{path}: {error:?}"
+            );
+        }
     }
 
     #[tokio::test]

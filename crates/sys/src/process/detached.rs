@@ -128,6 +128,12 @@ pub enum SpawnError {
         /// The number.
         number: RawFd,
     },
+    /// Binding this folder would have no effect on what the child sees.
+    #[error("`{}` cannot be bound on itself: it is not a folder below the root", path.display())]
+    BoundFolder {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The log cannot be opened.
     #[error("cannot open log `{}`", path.display())]
     Log {
@@ -303,6 +309,11 @@ fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prep
         fds,
         limits: command.limits.iter().map(|limit| limit.raw()).collect(),
         bound_folder: match &command.bound_folder {
+            Some(folder) if !folder.is_possible() => {
+                return Err(SpawnError::BoundFolder {
+                    path: folder.path.clone(),
+                });
+            }
             Some(folder) => Some((text(folder.path.as_os_str().as_bytes())?, folder.read_only)),
             None => None,
         },

@@ -167,6 +167,9 @@ pub enum ShareError {
         /// What was to be shared.
         path: PathBuf,
     },
+    /// It is the root of the host, which neither program can be kept to.
+    #[error("cannot share `/`")]
+    Root,
     /// The program cannot be told of it.
     #[error("cannot share this folder")]
     Arguments {
@@ -197,7 +200,7 @@ impl Explain for ShareError {
         match self {
             Self::Probe { source } => source.kind(),
             Self::Source { source, .. } if source.kind() == io::ErrorKind::NotFound => ErrorKind::NotFound,
-            Self::NotFolder { .. } => ErrorKind::InvalidRequest,
+            Self::NotFolder { .. } | Self::Root => ErrorKind::InvalidRequest,
             Self::Arguments { source } => source.kind(),
             Self::Source { .. } | Self::Prepare { .. } | Self::Spawn { .. } => ErrorKind::Internal,
         }
@@ -210,6 +213,7 @@ impl Explain for ShareError {
                 vec![format!("make it first: mkdir -p {}", path.display())]
             }
             Self::NotFolder { .. } => vec!["share the folder that it is in".into()],
+            Self::Root => vec!["share the folders below it that are needed, such as /srv".into()],
             Self::Arguments { source } => source.hints(),
             Self::Source { .. } => Vec::new(),
             Self::Prepare { .. } | Self::Spawn { .. } => vec!["run `offshoot doctor`".into()],
@@ -287,6 +291,9 @@ impl Virtiofsd {
         let source = tokio::fs::canonicalize(&share.source).await.map_err(unreadable)?;
         if !tokio::fs::metadata(&source).await.map_err(unreadable)?.is_dir() {
             return Err(ShareError::NotFolder { path: source });
+        }
+        if source == Path::new("/") {
+            return Err(ShareError::Root);
         }
         let args = arguments(&source, share.read_only, share.cache, &facts)
             .map_err(|source| ShareError::Arguments { source })?;

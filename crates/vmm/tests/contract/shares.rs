@@ -279,6 +279,8 @@ async fn what_cannot_be_shared_is_refused_and_leaves_nothing() {
             virtiofsd.serve(&share).await,
             Err(ShareError::NotFolder { .. })
         ));
+        share.source = "/usr/..".into();
+        assert!(matches!(virtiofsd.serve(&share).await, Err(ShareError::Root)));
         assert!(!share.socket.exists());
         share = place.share(false);
         share.socket = place.folder.path().join("x".repeat(200));
