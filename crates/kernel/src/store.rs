@@ -679,7 +679,7 @@ mod tests {
         let third = fixture.add("other", "agent").await.unwrap();
         fixture.store.set_default(&first.id).unwrap();
         assert!(fixture.store.remove_unless_default(&third.id).unwrap());
-        assert_eq!(fixture.store.list().unwrap(), [first.clone()]);
+        assert_eq!(fixture.store.list().unwrap(), std::slice::from_ref(&first));
         std::fs::write(fixture.path("data/kernels/default"), "nonsense").unwrap();
         assert_eq!(fixture.store.default().unwrap(), first);
         assert!(matches!(
