@@ -18,6 +18,9 @@ pub struct ImageSummary {
     pub size: u64,
     /// Whether its base is prepared.
     pub prepared: bool,
+    /// Why it cannot be used, when it cannot be read; its size is 0 then.
+    #[serde(default)]
+    pub problem: Option<String>,
 }
 
 /// Everything about an image.

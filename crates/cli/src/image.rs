@@ -335,7 +335,12 @@ fn ls_table(images: &[ImageSummary], now_ms: u64, whole: bool) -> String {
             },
             age::ago(image.created_ms, now_ms),
             ByteSize::from_bytes(image.size).to_string(),
-            if image.prepared { "yes" } else { "no" }.to_owned(),
+            match (&image.problem, image.prepared) {
+                (Some(_), _) => "(damaged)",
+                (None, true) => "yes",
+                (None, false) => "no",
+            }
+            .to_owned(),
         ]
     });
     table(&["REFERENCE", "DIGEST", "CREATED", "SIZE", "PREPARED"], rows)
@@ -385,15 +390,19 @@ mod tests {
             created_ms: 0,
             size,
             prepared,
+            problem: None,
         };
-        let images = [
+        let mut images = [
             image("debian:bookworm", 48 << 20, true),
             image("localhost:5000/app:v1", 1500, false),
+            image("old:1", 0, true),
         ];
+        images[2].problem = Some("blob x is damaged on disk".into());
         insta::assert_snapshot!(ls_table(&images, 90_000_000, false), @r#"
         REFERENCE               DIGEST         CREATED        SIZE     PREPARED
         debian:bookworm         0af10af10af1   25 hours ago   48MiB    yes
         localhost:5000/app:v1   0af10af10af1   25 hours ago   1.5KiB   no
+        old:1                   0af10af10af1   25 hours ago   0B       (damaged)
         "#);
     }
 

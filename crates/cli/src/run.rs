@@ -87,10 +87,13 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
     }
     let mut signals = Signals::catch()?;
     let vm = tokio::select! {
-        vm = make(client, &config, pull, &args.making) => vm?,
+        vm = make(client, &config, pull, args.making.quiet) => vm?,
         () = signals.cancelled() => return Err(Failure::cancelled()),
     };
     let id = vm.id.as_str();
+    if args.making.verbose {
+        decisions::tell(client, id).await;
+    }
     if args.detach {
         begin(client, id, &mut signals, &config).await?;
         line(id)?;
@@ -127,7 +130,10 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
 pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Failure> {
     let pull = args.vm.pull;
     let config = args.vm.config()?;
-    let vm = make(client, &config, pull, &args.making).await?;
+    let vm = make(client, &config, pull, args.making.quiet).await?;
+    if args.making.verbose {
+        decisions::tell(client, vm.id.as_str()).await;
+    }
     line(vm.id.as_str())?;
     Ok(0)
 }
@@ -187,8 +193,8 @@ pub(crate) async fn attach(client: &Client, args: &AttachArgs) -> Result<u8, Fai
 }
 
 /// Creates a VM, and before that pulls and prepares its image when it must: a create would do the latter without a word.
-async fn make(client: &Client, config: &VmConfig, pull: Pull, how: &Making) -> Result<VmSummary, Failure> {
-    let (image, quiet) = (&config.image, how.quiet);
+async fn make(client: &Client, config: &VmConfig, pull: Pull, quiet: bool) -> Result<VmSummary, Failure> {
+    let image = &config.image;
     if pull == Pull::Always {
         pull_image(client, image, None, true, quiet).await?;
     } else {
@@ -209,11 +215,7 @@ async fn make(client: &Client, config: &VmConfig, pull: Pull, how: &Making) -> R
             None => {}
         }
     }
-    let vm = client.create_vm(config).await?;
-    if how.verbose {
-        decisions::tell(client, vm.id.as_str()).await;
-    }
-    Ok(vm)
+    Ok(client.create_vm(config).await?)
 }
 
 /// Starts a VM that this program made. Ctrl-C gives it up; a failure leaves it as `create` did, or gone with `--rm`.

@@ -11,15 +11,22 @@ use crate::error::chain;
 /// The tree in a base, where it has one.
 pub const TREE: &str = "tree";
 
-/// What the parts of the base in `dir` take on disk. Blocks for as long as a tree is walked.
-pub fn parts(dir: &Path) -> BaseParts {
-    let bytes = |name| offshoot_sys::space::disk_usage(&dir.join(name)).unwrap_or(0);
-    BaseParts {
-        root: bytes("root.erofs"),
-        overlay_seed: bytes("overlay-seed.ext4"),
-        work_seed: bytes("work-seed.ext4"),
-        tree: bytes(TREE),
+/// What the base in `dir` takes on disk, in all and part by part. Blocks for as long as a tree is walked.
+pub fn measure(dir: &Path) -> (u64, BaseParts) {
+    let (mut all, mut parts) = (0, BaseParts::default());
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        // What vanishes meanwhile takes nothing.
+        let bytes = offshoot_sys::space::disk_usage(&entry.path()).unwrap_or(0);
+        all += bytes;
+        match entry.file_name().to_str() {
+            Some("root.erofs") => parts.root = bytes,
+            Some("overlay-seed.ext4") => parts.overlay_seed = bytes,
+            Some("work-seed.ext4") => parts.work_seed = bytes,
+            Some(TREE) => parts.tree = bytes,
+            _ => {}
+        }
     }
+    (all, parts)
 }
 
 /// Reads every part of a base that has a recorded hash and compares it. Blocks.

@@ -24,7 +24,7 @@ use tokio::sync::{OwnedRwLockReadGuard, OwnedRwLockWriteGuard, RwLock};
 use crate::bases;
 use crate::blocking::blocking;
 use crate::config::DaemonConfig;
-use crate::error::{Answer, Failure};
+use crate::error::{Answer, Failure, chain};
 use crate::prune::Rules;
 use crate::sweep;
 use crate::time::now_ms;
@@ -80,7 +80,7 @@ impl Images {
         let rows = self.db.call(Db::images).await?;
         let this = self.clone();
         blocking("listing images", move || {
-            rows.iter().map(|row| this.summary(row)).collect()
+            Ok(rows.iter().map(|row| this.summary(row)).collect())
         })
         .await
     }
@@ -104,13 +104,16 @@ impl Images {
     fn details(&self, row: &ImageRow) -> Answer<ImageDetails> {
         let image = StoredImage::load(&self.blobs, &row.digest)?;
         let id = base_id(&image.digest);
-        let base = self.bases.get(&id).ok().map(|base| BaseSummary {
-            id: id.to_string(),
-            disk_bytes: offshoot_sys::space::disk_usage(&base.dir).unwrap_or(0),
-            parts: bases::parts(&base.dir),
+        let base = self.bases.get(&id).ok().map(|base| {
+            let (disk_bytes, parts) = bases::measure(&base.dir);
+            BaseSummary {
+                id: id.to_string(),
+                disk_bytes,
+                parts,
+            }
         });
         Ok(ImageDetails {
-            summary: self.summary(row)?,
+            summary: self.summary(row),
             config: image.config.clone(),
             architecture: image.architecture.clone(),
             os: image.os.clone(),
@@ -407,18 +410,23 @@ impl Images {
 
     async fn summarised(&self, row: ImageRow) -> Answer<ImageSummary> {
         let this = self.clone();
-        blocking("looking at an image", move || this.summary(&row)).await
+        blocking("looking at an image", move || Ok(this.summary(&row))).await
     }
 
-    fn summary(&self, row: &ImageRow) -> Answer<ImageSummary> {
-        let image = StoredImage::load(&self.blobs, &row.digest)?;
-        Ok(ImageSummary {
+    /// What `ls` shows. A damaged image is shown as one: it shall not hide the others.
+    fn summary(&self, row: &ImageRow) -> ImageSummary {
+        let (size, problem) = match StoredImage::load(&self.blobs, &row.digest) {
+            Ok(image) => (image.size(), None),
+            Err(error) => (0, Some(chain(&error))),
+        };
+        ImageSummary {
             reference: short(&row.reference),
             digest: row.digest,
             created_ms: row.created_ms,
-            size: image.size(),
-            prepared: self.bases.get(&base_id(&image.digest)).is_ok(),
-        })
+            size,
+            prepared: self.bases.get(&base_id(&row.digest)).is_ok(),
+            problem,
+        }
     }
 
     /// The row of a reference, or of the only image whose digest begins so.

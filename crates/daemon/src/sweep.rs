@@ -536,6 +536,13 @@ mod tests {
         flip_a_bit(&images.blobs.path(&good.digest));
         let worse = check("a:1").await;
         assert_eq!(worse.parts[0].state, PartState::Damaged);
+        let listed = images.list().await.unwrap();
+        let problems: Vec<_> = listed.iter().map(|image| image.problem.is_some()).collect();
+        assert_eq!(
+            problems.iter().filter(|problem| **problem).count(),
+            2,
+            "two names of it: {listed:?}"
+        );
         let report = fixture.prune(true, 0).await;
         assert_eq!(report.notes.len(), 1, "{report:?}");
         assert!(images.blobs.contains(&layer), "nobody knows whose it is");

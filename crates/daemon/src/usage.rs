@@ -129,7 +129,7 @@ fn image_usage(facts: &Facts, per_image: Vec<(u64, u64)>) -> Vec<ImageUsage> {
 
 fn base_usage(images: &Images, facts: &Facts) -> Vec<BaseUsage> {
     let measure = |base: &crate::prune::BaseFacts| {
-        let place = images.bases.locate(&base.id);
+        let (bytes, parts) = bases::measure(images.bases.locate(&base.id).dir());
         BaseUsage {
             id: base.id.clone(),
             images: facts
@@ -139,8 +139,8 @@ fn base_usage(images: &Images, facts: &Facts) -> Vec<BaseUsage> {
                 .flat_map(|image| image.names.clone())
                 .collect(),
             vms: facts.vms.iter().filter(|vm| vm.base == base.id).count() as u64,
-            bytes: offshoot_sys::space::disk_usage(place.dir()).unwrap_or(0),
-            parts: bases::parts(place.dir()),
+            bytes,
+            parts,
             reclaimable: 0,
         }
     };

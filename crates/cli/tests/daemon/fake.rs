@@ -186,7 +186,7 @@ pub(crate) fn vm(state: &str) -> Value {
 
 pub(crate) fn image(reference: &str) -> Value {
     json!({"reference": reference, "digest": format!("sha256:{}", "0a".repeat(32)), "created_ms": 0, "size": 1,
-        "prepared": true})
+        "prepared": true, "problem": null})
 }
 
 /// Accepts a WebSocket and lets `talk` have it.
