@@ -507,6 +507,8 @@ mod tests {
         assert_eq!(good.reference, "a:1");
         let named: Vec<_> = good.parts.iter().map(|part| part.part.as_str()).collect();
         assert_eq!(named[..3], ["manifest", "config", "layer"]);
+        let of_base: Vec<_> = good.parts[3..].iter().map(|part| part.name.as_str()).collect();
+        assert_eq!(of_base, ["root.erofs", "overlay-seed.ext4", "work-seed.ext4"]);
         assert!(
             good.parts
                 .iter()
@@ -519,6 +521,12 @@ mod tests {
         let bad = check("a:2").await;
         assert!(bad.is_damaged());
         assert!(bad.hints[0].contains("image prepare --force a:2"), "{bad:?}");
+        let states: Vec<_> = bad.parts[3..].iter().map(|part| part.state).collect();
+        assert_eq!(
+            states,
+            [PartState::Damaged, PartState::Ok, PartState::Ok],
+            "each for itself"
+        );
         let images = &fixture.images;
         let prepared = images.prepare("a:1", true, &Progress::silent()).await.unwrap();
         assert!(prepared.prepared && !check("a:1").await.is_damaged());

@@ -203,11 +203,16 @@ fn is_log(name: &str) -> bool {
 /// The processes that make up a running VM.
 fn pids_of(vm: &VmRecord, paths: &VmPaths) -> Vec<u32> {
     let vmm = vm.life.machine.as_ref().map(|machine| &machine.process);
-    vmm.filter(|process| process.is_alive())
+    let mut pids: Vec<_> = vmm
+        .filter(|process| process.is_alive())
         .map(|process| process.pid)
         .into_iter()
         .chain(share_pids(paths))
-        .collect()
+        .collect();
+    // None is counted twice, however it was found.
+    pids.sort_unstable();
+    pids.dedup();
+    pids
 }
 
 fn memory(vm: &VmRecord, paths: &VmPaths) -> Option<MemoryUsage> {
