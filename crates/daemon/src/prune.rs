@@ -4,7 +4,7 @@
 //! ```text
 //!              stays because of
 //!   blob       an image that has it
-//!   base       an image (not with `all`), a VM
+//!   base       an image (with `all` only one that it could not be made from again), a VM
 //!   tree       a VM whose root is shown as files: `virtiofs`, `copy`
 //!   kernel     a VM, being the default
 //!   download   nothing
@@ -180,7 +180,18 @@ pub fn plan(facts: &Facts, rules: Rules) -> Plan {
     }
 
     let used_bases: HashSet<_> = facts.vms.iter().map(|vm| &vm.base).collect();
-    let image_bases: HashSet<_> = facts.images.iter().map(|image| &image.base).collect();
+    let there: HashSet<_> = facts.blobs.iter().map(|blob| blob.digest).collect();
+    // A base that could not be made again stays even with `all`: it is all that is left of its image.
+    let is_whole = |image: &ImageFacts| {
+        let blobs = image.blobs.as_ref();
+        blobs.is_ok_and(|blobs| blobs.iter().all(|digest| there.contains(digest)))
+    };
+    let image_bases: HashSet<_> = facts
+        .images
+        .iter()
+        .filter(|image| !(rules.all && is_whole(image)))
+        .map(|image| &image.base)
+        .collect();
     let trees: HashSet<_> = facts
         .vms
         .iter()
@@ -188,7 +199,7 @@ pub fn plan(facts: &Facts, rules: Rules) -> Plan {
         .map(|vm| &vm.base)
         .collect();
     for base in &facts.bases {
-        let kept = used_bases.contains(&base.id) || (!rules.all && image_bases.contains(&base.id));
+        let kept = used_bases.contains(&base.id) || image_bases.contains(&base.id);
         if !kept {
             drop_it(Item::Base(base.id.clone()), base.used_ms);
         } else if let Some(made_ms) = base.tree_ms
@@ -356,6 +367,23 @@ mod tests {
         assert!(!plan.remove.contains(&Item::Base(base(5))));
         assert!(plan.remove.contains(&Item::Tree(base(1))));
         assert!(!plan.remove.contains(&Item::Tree(base(5))));
+    }
+
+    #[test]
+    fn a_base_that_could_not_be_made_again_stays() {
+        let only = Item::Base(base(2));
+        let mut facts = facts();
+        assert!(plan(&facts, rules(true, 0)).remove.contains(&only));
+        facts.blobs.retain(|blob| blob.digest != digest(12));
+        assert!(
+            !plan(&facts, rules(true, 0)).remove.contains(&only),
+            "a layer is missing"
+        );
+        facts.images[1].blobs = Err("damaged".into());
+        assert!(
+            !plan(&facts, rules(true, 0)).remove.contains(&only),
+            "nobody knows its layers"
+        );
     }
 
     #[test]
