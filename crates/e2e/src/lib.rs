@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-pub use blocks::{allocated, flip_byte, own_copy, put_byte, sha256};
+pub use blocks::{allocated, flip_byte, own_copy, put_byte, sha256, sha256_of_data};
 pub use facts::{FILE_FACTS, ODD_FACTS, XATTR_FACTS, sample, unpack, view};
 pub use layout::{Layout, ODD_FILES, odd_layer, tar_of};
 pub use leaks::Inventory;

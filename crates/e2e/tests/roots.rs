@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use offshoot_e2e::{
-    Daemon, FILE_FACTS, IMAGE, Layout, ODD_FACTS, ODD_FILES, XATTR_FACTS, odd_layer, sample, sha256, tell,
-    text, unpack, view,
+    Daemon, FILE_FACTS, IMAGE, Layout, ODD_FACTS, ODD_FILES, XATTR_FACTS, odd_layer, sample, sha256_of_data,
+    tell, text, unpack, view,
 };
 
 const ROOTS: [&str; 4] = ["pmem", "block", "virtiofs", "copy"];
@@ -125,7 +125,7 @@ fn fingerprint(base: &Path) -> Vec<(PathBuf, String)> {
     let files = ["root.erofs", "overlay-seed.ext4", "work-seed.ext4", "base.json"];
     let mut prints: Vec<_> = files
         .iter()
-        .map(|name| (base.join(name), sha256(&base.join(name))))
+        .map(|name| (base.join(name), sha256_of_data(&base.join(name))))
         .collect();
     let script = "cd \"$0\" && { find . -printf '%P %y %m %U:%G %s %n %T@ %l\\n' | sort; \
         find . -type f -print0 | sort -z | xargs -0 sha256sum --; } | sha256sum";
