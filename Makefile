@@ -37,6 +37,9 @@ test: install-deps ## Everything, with real VMs (root)
 e2e: ## Only the tests with real VMs (root; after make test)
 	scripts/test e2e
 
+soak: ## The tests of crashes and races, again and again with other random points (root; after make test; ROUNDS=10)
+	scripts/test soak
+
 bench: install-deps build ## Print the benchmarks, all or ONLY=shared (root)
 	@BIN=$(BIN) ONLY="$(ONLY)" scripts/bench
 

@@ -45,6 +45,13 @@ fn run() -> std::io::Result<()> {
     create_dir_all("/overlay/work")?;
     let options = c"lowerdir=/lower,upperdir=/overlay/upper,workdir=/overlay/work";
     mount("overlay", "/sysroot", "overlay", NO, Some(options))?;
+    mount(
+        device("work")?,
+        "/sysroot/root",
+        "ext4",
+        MountFlags::NOATIME,
+        None,
+    )?;
     mount("proc", "/sysroot/proc", "proc", NO, None)?;
     rustix::process::chroot("/sysroot")?;
     std::env::set_current_dir("/")?;

@@ -13,9 +13,15 @@ use crate::daemon::{Daemon, IMAGE};
 pub(crate) struct Bare {
     program: String,
     arguments: Vec<String>,
-    seed: PathBuf,
-    overlay: PathBuf,
+    /// The writable disks: what each is copied from, and where it lies.
+    disks: Vec<(PathBuf, PathBuf)>,
 }
+
+/// The writable disks of a VM, and the seeds that they come from.
+const DISKS: [(&str, &str); 2] = [
+    ("overlay.ext4", "overlay-seed.ext4"),
+    ("work.ext4", "work-seed.ext4"),
+];
 
 impl Bare {
     /// Takes the command line of a VM that runs, points it at copies of its own, and swaps the init.
@@ -33,8 +39,8 @@ impl Bare {
         let (program, rest) = words.split_first().context("an empty command line")?;
 
         let scratch = daemon.scratch();
-        let overlay = scratch.join("bare-overlay.ext4");
-        let seed = first_below(&daemon.data().join("bases"))?.join("overlay-seed.ext4");
+        let base = first_below(&daemon.data().join("bases"))?;
+        let disks = DISKS.map(|(disk, seed)| (base.join(seed), scratch.join(format!("bare-{disk}"))));
         let initramfs = scratch.join("bare-initramfs");
         let mut arguments: Vec<String> = Vec::new();
         for word in rest {
@@ -45,33 +51,29 @@ impl Bare {
                 format!("null,{}", word.split(',').nth(1).unwrap_or_default())
             } else if word.starts_with("ringbuf,id=console") {
                 "stdio,id=console,signal=off".to_owned()
-            } else if let (Some(at), true) = (word.find("file.filename="), word.contains("/overlay.ext4")) {
-                let tail = &word[at..];
-                let options = tail.find(',').map_or("", |comma| &tail[comma..]);
-                format!("{}file.filename={}{options}", &word[..at], overlay.display())
             } else {
-                word.clone()
+                with_disk(word, &disks).unwrap_or_else(|| word.clone())
             };
             arguments.push(word);
         }
         Ok(Self {
             program: program.clone(),
             arguments,
-            seed,
-            overlay,
+            disks: disks.to_vec(),
         })
     }
 
     /// Boots, runs `true`, ends. Gives the time from the start of QEMU until its process is gone.
     pub(crate) fn run(&self) -> Result<Duration> {
-        let _ = std::fs::remove_file(&self.overlay);
-        let copied = Command::new("cp")
-            .arg("--sparse=always")
-            .arg(&self.seed)
-            .arg(&self.overlay)
-            .status()?;
-        if !copied.success() {
-            bail!("cp");
+        for (seed, disk) in &self.disks {
+            let _ = std::fs::remove_file(disk);
+            let copied = Command::new("cp")
+                .arg("--sparse=always")
+                .args([seed, disk])
+                .status()?;
+            if !copied.success() {
+                bail!("cp");
+            }
         }
         let began = Instant::now();
         let mut child = Command::new(&self.program)
@@ -101,6 +103,18 @@ impl Bare {
         }
         Ok(wall)
     }
+}
+
+/// The option of a writable disk, pointed at our copy; nothing where it is another option.
+fn with_disk(word: &str, disks: &[(PathBuf, PathBuf)]) -> Option<String> {
+    let at = word.find("file.filename=")?;
+    let (path, options) = word[at..].split_once(',').unwrap_or((&word[at..], ""));
+    let (n, _) = DISKS
+        .iter()
+        .enumerate()
+        .find(|(_, (disk, _))| path.ends_with(&format!("/{disk}")))?;
+    let ours = disks[n].1.display();
+    Some(format!("{}file.filename={ours},{options}", &word[..at]))
 }
 
 fn first_below(folder: &Path) -> Result<PathBuf> {

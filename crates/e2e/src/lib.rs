@@ -160,6 +160,12 @@ impl Daemon {
         self.root.path().join("run/api.sock")
     }
 
+    /// Where a VM's sockets lie.
+    pub fn run_folder(&self, vm: &str) -> PathBuf {
+        let id = self.inspect(vm)["id"].as_str().expect("an id").to_owned();
+        self.root.path().join("run/vms").join(id)
+    }
+
     /// What the daemon logged.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.root.path().join("daemon.log")).unwrap_or_default()

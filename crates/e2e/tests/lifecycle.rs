@@ -226,6 +226,11 @@ fn nothing_is_open_to_those_whom_it_does_not_concern() {
     let details = daemon.inspect("closed");
     let overlay = std::path::Path::new(details["directory"].as_str().unwrap()).join("overlay.ext4");
     assert_eq!(mode(&overlay), 0o600);
+    // What the daemon reads again after a restart lies where the VMM can write nothing.
+    for folder in [overlay.parent().unwrap(), daemon.run_folder("closed").as_path()] {
+        let folder = std::fs::metadata(folder).unwrap();
+        assert_eq!((folder.uid(), folder.mode() & 0o777), (0, 0o710));
+    }
 
     // The VMM is a user of its own, without capabilities, that can gain none, behind a seccomp filter.
     let status = std::fs::read_to_string(format!("/proc/{}/status", details["pid"])).unwrap();

@@ -23,6 +23,7 @@ pub mod paths;
 pub mod run;
 pub mod shares;
 
+mod exit;
 pub mod operation;
 pub mod output;
 

@@ -17,6 +17,7 @@ use crate::capability::Capability;
 use crate::definition::{Life, VmRecord};
 use crate::engine::{Parts, Registry};
 use crate::error::{StageFailure, VmError};
+use crate::exit::exit_status;
 use crate::operation::Stages;
 use crate::output::OutputLog;
 use crate::paths::VmPaths;
@@ -745,43 +746,6 @@ async fn follow_live(run: Arc<Run>, live: watch::Sender<Option<Live>>) {
     }
 }
 
-/// How a run ended, out of what is known. `vmm_gone`: the VMM went by itself; whether the guest powered off orderly.
-fn exit_status(
-    reason: ExitReason,
-    main_exit_before: Option<i32>,
-    main_exit: Option<i32>,
-    vmm_gone: Option<bool>,
-) -> ExitStatus {
-    /// What a shell says of a process that SIGKILL ended.
-    const KILLED: i32 = 137;
-    /// Nobody told.
-    const UNKNOWN: i32 = 255;
-    if let Some(code) = main_exit_before {
-        return ExitStatus {
-            code,
-            reason: ExitReason::MainExited,
-        };
-    }
-    match (reason, vmm_gone) {
-        (_, Some(true)) => ExitStatus {
-            code: main_exit.unwrap_or(0),
-            reason: ExitReason::GuestPoweredOff,
-        },
-        (_, Some(false)) => ExitStatus {
-            code: main_exit.unwrap_or(UNKNOWN),
-            reason: ExitReason::VmmDied,
-        },
-        (ExitReason::Lost, _) => ExitStatus {
-            code: main_exit.unwrap_or(UNKNOWN),
-            reason,
-        },
-        _ => ExitStatus {
-            code: main_exit.unwrap_or(KILLED),
-            reason,
-        },
-    }
-}
-
 /// Milliseconds since the epoch.
 pub(crate) fn now_ms() -> u64 {
     let since = std::time::SystemTime::now()
@@ -806,28 +770,5 @@ pub(crate) fn remove_tree(path: &std::path::Path) -> std::io::Result<()> {
     match std::fs::remove_dir_all(path) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
         _ => Ok(()),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_status_is_the_main_process_where_there_is_one() {
-        use ExitReason as R;
-        for (reason, before, after, gone, expected) in [
-            (R::MainExited, Some(7), Some(7), None, (7, R::MainExited)),
-            (R::Stopped, None, Some(143), None, (143, R::Stopped)),
-            (R::Stopped, None, None, None, (137, R::Stopped)),
-            (R::Killed, None, None, None, (137, R::Killed)),
-            (R::VmmDied, None, None, Some(true), (0, R::GuestPoweredOff)),
-            (R::VmmDied, None, None, Some(false), (255, R::VmmDied)),
-            (R::VmmDied, Some(3), Some(3), Some(true), (3, R::MainExited)),
-            (R::Lost, None, None, None, (255, R::Lost)),
-        ] {
-            let exit = exit_status(reason, before, after, gone);
-            assert_eq!((exit.code, exit.reason), expected);
-        }
     }
 }

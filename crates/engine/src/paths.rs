@@ -50,14 +50,6 @@ impl VmPaths {
         self.run.join(format!("{tag}.sock"))
     }
 
-    /// The ending of the files that say which processes serve shares.
-    pub const SHARE_STATE: &str = ".share.json";
-
-    /// Which process serves a share.
-    pub fn share_state(&self, tag: &str) -> PathBuf {
-        self.data.join(format!("{tag}{}", Self::SHARE_STATE))
-    }
-
     /// What its virtiofsds wrote.
     pub fn virtiofsd_log(&self) -> PathBuf {
         self.data.join("virtiofsd.log")

@@ -1,48 +1,21 @@
 //! The virtiofsds of one run: started, watched, found again after a restart of the daemon, ended.
 //!
 //! ```text
-//! serve ─► spawn ─► <data>/vms/<id>/<tag>.share.json ─► watch ─► died: the VM is degraded
-//! adopt ─► read that file ─► reopen ────────────────────┘
-//! end   ─► kill what is left, remove the file
+//! serve ─► spawn ─► <socket>.json ─► watch ─► died: the VM is degraded
+//! adopt ─► read that file ─► reopen ──┘
+//! end   ─► kill what is left
 //! ```
 //!
-//! A virtiofsd ends by itself when its VMM does. The file lies where the VMM cannot write: what it names is killed.
+//! A virtiofsd ends by itself when its VMM does.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use offshoot_model::{ErrorKind, Explain};
 use offshoot_vmm::virtiofsd::{ShareConfig, ShareServer, ShareState, Virtiofsd};
 
 use crate::capability::CapabilityError;
 use crate::paths::VmPaths;
 use crate::run::Run;
-
-/// What a share's state may take: a few paths of at most 4 KiB.
-const MAX_STATE: u64 = 64 << 10;
-
-/// The state of a share could not be kept.
-#[derive(Debug, thiserror::Error)]
-#[error("cannot write {}", path.display())]
-struct KeepError {
-    path: PathBuf,
-    #[source]
-    source: std::io::Error,
-}
-
-impl Explain for KeepError {
-    fn kind(&self) -> ErrorKind {
-        match self.source.kind() {
-            std::io::ErrorKind::StorageFull => ErrorKind::NoSpace,
-            _ => ErrorKind::Internal,
-        }
-    }
-
-    fn hints(&self) -> Vec<String> {
-        vec!["run `offshoot doctor`".into()]
-    }
-}
 
 /// The virtiofsds of one run, by tag.
 #[derive(Default)]
@@ -68,22 +41,19 @@ impl Shares {
             .serve(config)
             .await
             .map_err(|error| Box::new(error) as CapabilityError)?;
-        let path = run.paths.share_state(&tag);
-        let text = serde_json::to_vec(server.state()).expect("our own types have no failing serializers");
-        let kept = std::fs::write(&path, text);
         self.watch(run, tag, server, what);
-        kept.map_err(|source| Box::new(KeepError { path, source }) as CapabilityError)
+        Ok(())
     }
 
     /// Finds a virtiofsd of an earlier daemon again; without one, the VM is degraded.
     pub fn adopt(&self, run: &Run, tag: &str, what: &str) {
-        let state = read_state(&run.paths.share_state(tag));
-        let found = state.and_then(|state| match Virtiofsd::reopen(&state) {
-            Ok(found) => found,
-            Err(error) => {
-                tracing::warn!(vm = %run.vm.name, tag, %error, "cannot look for a virtiofsd");
-                None
-            }
+        let found = ShareState::load(&run.paths.share_socket(tag)).and_then(|state| match state {
+            Some(state) => Virtiofsd::reopen(&state),
+            None => Ok(None),
+        });
+        let found = found.unwrap_or_else(|error| {
+            tracing::warn!(vm = %run.vm.name, tag, %error, "cannot look for a virtiofsd");
+            None
         });
         match found {
             Some(server) => self.watch(run, tag.to_owned(), server, what),
@@ -92,20 +62,14 @@ impl Shares {
     }
 
     /// Ends the virtiofsd of a tag; it is no error if there is none.
-    pub async fn end(&self, run: &Run, tag: &str) -> Result<(), CapabilityError> {
+    pub async fn end(&self, tag: &str) -> Result<(), CapabilityError> {
         let server = self.servers().remove(tag);
-        if let Some(server) = server {
-            server
+        match server {
+            None => Ok(()),
+            Some(server) => server
                 .kill()
                 .await
-                .map_err(|error| Box::new(error) as CapabilityError)?;
-        }
-        let path = run.paths.share_state(tag);
-        match std::fs::remove_file(&path) {
-            Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
-                Err(Box::new(KeepError { path, source }))
-            }
-            _ => Ok(()),
+                .map_err(|error| Box::new(error) as CapabilityError),
         }
     }
 
@@ -129,27 +93,19 @@ fn died(what: &str) -> String {
     format!("{what} is gone: its virtiofsd died")
 }
 
-fn read_state(path: &std::path::Path) -> Option<ShareState> {
-    use std::io::Read as _;
-    let mut text = Vec::new();
-    let file = std::fs::File::open(path).ok()?;
-    file.take(MAX_STATE).read_to_end(&mut text).ok()?;
-    serde_json::from_slice(&text).ok()
-}
-
 /// The processes that serve a VM's shares now; a virtiofsd is one that waits and one that works.
 pub fn share_pids(paths: &VmPaths) -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir(paths.data()) else {
+    let Ok(entries) = std::fs::read_dir(paths.run()) else {
         return Vec::new();
     };
     let mut pids = Vec::new();
     for path in entries.flatten().map(|entry| entry.path()) {
-        if !path.to_string_lossy().ends_with(VmPaths::SHARE_STATE) {
-            continue;
-        }
-        let Some(state) = read_state(&path).filter(|state| state.process.is_alive()) else {
+        let Some(state) = ShareState::load(&path).ok().flatten() else {
             continue;
         };
+        if !state.process.is_alive() {
+            continue;
+        }
         pids.push(state.process.pid);
         let members = offshoot_sys::process::session_members(&state.process).unwrap_or_default();
         pids.extend(members.iter().map(|member| member.pid));

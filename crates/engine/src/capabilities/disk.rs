@@ -101,7 +101,7 @@ mod tests {
     async fn a_disk_is_made_once_and_whole() {
         let dir = tempfile::tempdir().unwrap();
         let disk = dir.path().join("d.ext4");
-        let uid = rustix_uid(dir.path());
+        let uid = own_uid(dir.path());
         // What a crash left of an earlier attempt is not taken for a disk.
         std::fs::write(dir.path().join("d.new"), "half").unwrap();
         let make = |path: &Path| {
@@ -121,7 +121,7 @@ mod tests {
     }
 
     /// Our own user, so that the test needs no privileges.
-    fn rustix_uid(path: &Path) -> u32 {
+    fn own_uid(path: &Path) -> u32 {
         std::os::unix::fs::MetadataExt::uid(&std::fs::metadata(path).unwrap())
     }
 }

@@ -102,9 +102,10 @@ impl Capability for FoldersCapability {
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
         let uid = run.vm.uid;
-        // The VMM makes files in its run folder; in the data folder it only opens those that are its own.
+        // The VMM passes through both and opens what is its own. It can make nothing in them: what is read there again,
+        // such as which processes are the VM's, is ours.
         make(run.paths.data(), 0o710, 0, self.gid)?;
-        make(run.paths.run(), 0o700, uid, self.gid)?;
+        make(run.paths.run(), 0o710, 0, uid)?;
         Ok(())
     }
 

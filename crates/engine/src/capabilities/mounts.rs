@@ -160,7 +160,7 @@ impl Capability for MountsCapability {
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
         for (tag, _) in tagged(&run.vm).into_iter().rev() {
-            run.shares.end(run, &tag).await?;
+            run.shares.end(&tag).await?;
         }
         Ok(())
     }

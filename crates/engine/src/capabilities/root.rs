@@ -191,7 +191,7 @@ impl Capability for RootCapability {
     }
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
-        run.shares.end(run, NAME).await
+        run.shares.end(NAME).await
     }
 
     async fn reset(&self, _: &VmRecord, paths: &VmPaths) -> Result<(), CapabilityError> {
