@@ -110,7 +110,10 @@ mod tests {
     async fn steps_of_the_guest_lie_within_their_stage() {
         let mut stages = Stages::begin("start");
         stages
-            .stage("a", async { Ok::<_, ()>(tokio::task::yield_now().await) })
+            .stage("a", async {
+                tokio::task::yield_now().await;
+                Ok::<_, ()>(())
+            })
             .await
             .unwrap();
         stages.stage("b", async { Ok::<_, ()>(()) }).await.unwrap();

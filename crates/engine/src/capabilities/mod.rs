@@ -1,6 +1,6 @@
 //! The capabilities, in the order they start.
 //!
-//! [`folders`] is the smallest one and the example to copy for a new one.
+//! `work.rs` is the smallest one and the example to copy for a new one.
 
 mod agent;
 mod disk;
