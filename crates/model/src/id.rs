@@ -5,18 +5,48 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::{ErrorKind, Explain};
+
+/// How much of a refused text is shown.
+const MAX_SHOWN: usize = 80;
+
+/// A refused text as an error shows it: shortened, on one line, and with nothing that a terminal would act upon.
+fn shown(text: &str) -> String {
+    let mut shown: String = text
+        .chars()
+        .take(MAX_SHOWN)
+        .flat_map(char::escape_debug)
+        .collect();
+    if text.chars().nth(MAX_SHOWN).is_some() {
+        shown.push('…');
+    }
+    shown
+}
+
 /// Why a text is not an id.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{text}` is not an id of {len} lower-case hex digits")]
 pub struct IdError {
-    /// The refused text, shortened.
+    /// The refused text, shortened, control characters escaped.
     pub text: String,
     /// How many digits such an id has.
     pub len: usize,
+    /// The command that lists what has such ids.
+    pub listed_by: &'static str,
+}
+
+impl Explain for IdError {
+    fn kind(&self) -> ErrorKind {
+        ErrorKind::InvalidRequest
+    }
+
+    fn hints(&self) -> Vec<String> {
+        vec![format!("see `{}`", self.listed_by)]
+    }
 }
 
 macro_rules! hex_id {
-    ($(#[$doc:meta])* $name:ident, $len:literal) => {
+    ($(#[$doc:meta])* $name:ident, $len:literal, $listed_by:literal) => {
         $(#[$doc])*
         #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -46,7 +76,7 @@ macro_rules! hex_id {
             fn from_str(text: &str) -> Result<Self, IdError> {
                 let valid = text.len() == $len && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
                 if !valid {
-                    return Err(IdError { text: text.chars().take(80).collect(), len: $len });
+                    return Err(IdError { text: shown(text), len: $len, listed_by: $listed_by });
                 }
                 Ok(Self(text.to_owned()))
             }
@@ -82,20 +112,25 @@ macro_rules! hex_id {
 
 hex_id!(
     /// A virtual machine: 12 random hex digits, also the name of its folder under `vms/`.
-    VmId, 12
+    VmId, 12, "offshoot ps -a"
 );
 hex_id!(
     /// A prepared base: the first 128 bits of a hash over image digest and variant.
-    BaseId, 32
+    BaseId, 32, "offshoot df"
 );
 hex_id!(
     /// A kernel bundle: the first 64 bits of a hash over its files.
-    KernelId, 16
+    KernelId, 16, "offshoot kernel ls"
+);
+hex_id!(
+    /// One operation, from the request that asked for it to its last log line: 8 random hex digits.
+    OperationId, 8, "offshoot events"
 );
 
 /// The name of a VM: one DNS label (RFC 1123), because it becomes the host name and later a DNS name.
 ///
-/// 1 to 63 of `a-z A-Z 0-9 -`, not starting or ending with `-`.
+/// 1 to 63 of `a-z A-Z 0-9 -`, not starting or ending with `-`. Whatever names a VM that is there (its name, its id, or the
+/// first digits of its id) keeps to the same rule, so one parser stands before all of them.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct VmName(String);
@@ -108,6 +143,16 @@ pub struct VmName(String);
 pub struct NameError {
     /// The refused text, shortened, control characters escaped.
     pub text: String,
+}
+
+impl Explain for NameError {
+    fn kind(&self) -> ErrorKind {
+        ErrorKind::InvalidRequest
+    }
+
+    fn hints(&self) -> Vec<String> {
+        vec!["choose a name such as `web-1`; `offshoot ps -a` shows those that are taken".into()]
+    }
 }
 
 impl VmName {
@@ -128,9 +173,7 @@ impl FromStr for VmName {
             && edge(bytes.last())
             && bytes.iter().all(|b| b.is_ascii_alphanumeric() || *b == b'-');
         if !valid {
-            return Err(NameError {
-                text: text.chars().take(64).flat_map(char::escape_debug).collect(),
-            });
+            return Err(NameError { text: shown(text) });
         }
         Ok(Self(text.to_owned()))
     }
@@ -181,18 +224,38 @@ mod tests {
             "a b",
             "a\n",
             "é",
+            "a/b",
+            "a%2fb",
+            "a\0",
+            "\u{1b}[2J",
             &"a".repeat(64),
             &"a".repeat(300),
         ] {
-            assert!(bad.parse::<VmName>().is_err(), "{bad:?}");
+            let error = bad.parse::<VmName>().expect_err(bad);
+            let message = error.to_string();
+            assert!(
+                !message.contains(char::is_control) && message.len() < 1000,
+                "{message:?}"
+            );
+            assert_eq!(error.hints().len(), 1, "{bad:?}");
         }
     }
 
     #[test]
     fn ids_are_fixed_length_hex() {
         assert_eq!(VmId::from_bytes(&[0xab; 16]).as_str(), "abababababab");
-        for bad in ["", "abc", "ABABABABABAB", "../../../../x", "ababababababa"] {
-            assert!(bad.parse::<VmId>().is_err(), "{bad}");
+        for bad in [
+            "",
+            "abc",
+            "ABABABABABAB",
+            "../../../../x",
+            "ababababababa",
+            "-x",
+            "a\u{7}",
+        ] {
+            let error = bad.parse::<VmId>().expect_err(bad);
+            assert!(!error.to_string().contains(char::is_control), "{error}");
+            assert_eq!(error.hints(), ["see `offshoot ps -a`"]);
         }
     }
 }

@@ -5,8 +5,10 @@
 
 mod digest;
 mod error;
+mod event;
 mod finding;
 mod id;
+mod object;
 mod progress;
 mod size;
 mod stage;
@@ -15,8 +17,10 @@ mod vm;
 
 pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, Explain};
-pub use finding::{Finding, Severity};
-pub use id::{BaseId, IdError, KernelId, NameError, VmId, VmName};
+pub use event::{Event, EventAction};
+pub use finding::{Finding, Fix, Severity};
+pub use id::{BaseId, IdError, KernelId, NameError, OperationId, VmId, VmName};
+pub use object::{KernelObject, ObjectKind};
 pub use progress::{Progress, ProgressEvent, ProgressUnit, TaskId};
 pub use size::{ByteSize, ByteSizeError};
 pub use stage::{StageOutcome, StageTiming};

@@ -71,8 +71,10 @@ pub enum ExitReason {
     Stopped,
     /// `offshoot kill`, or a stop that ran out of time.
     Killed,
-    /// The guest powered itself off or panicked.
+    /// The guest powered itself off or reset itself.
     GuestPoweredOff,
+    /// The guest's kernel panicked.
+    GuestPanicked,
     /// The VMM process ended without being asked.
     VmmDied,
     /// The host was restarted, or everything was killed while no daemon ran.

@@ -108,7 +108,7 @@ impl FromStr for EnvVar {
                 value: value.to_owned(),
             }),
             _ => Err(EnvVarError {
-                text: text.chars().take(40).collect(),
+                text: text.chars().take(40).flat_map(char::escape_debug).collect(),
             }),
         }
     }
@@ -173,6 +173,12 @@ impl Mount {
                 what,
             })
         };
+        if [&self.source, &self.target]
+            .iter()
+            .any(|path| path.as_os_str().len() > MAX_PATH)
+        {
+            return refuse("a path is longer than Linux takes");
+        }
         let odd = |path: &PathBuf| path.to_str().is_none_or(|text| text.contains(char::is_control));
         if odd(&self.source) || odd(&self.target) {
             return refuse("a path holds control characters, or is no UTF-8");
@@ -393,6 +399,47 @@ pub enum ConfigError {
     /// An argument or environment holds a NUL byte.
     #[error("an argument holds a NUL byte")]
     Nul,
+    /// More of something than a process can have.
+    #[error("{given} {what} are too many for one VM: at most {most}")]
+    TooMany {
+        /// What there is too much of.
+        what: &'static str,
+        /// What was asked for.
+        given: usize,
+        /// The most.
+        most: usize,
+    },
+    /// A text that no guest could take.
+    #[error("{what} of {given} bytes is too long: at most {most}")]
+    TooLong {
+        /// What is too long.
+        what: &'static str,
+        /// What was asked for, bytes.
+        given: usize,
+        /// The most, bytes.
+        most: usize,
+    },
+}
+
+/// The most arguments, and the most environment variables: more is a list of files that belongs into a file.
+const MAX_WORDS: usize = 4096;
+/// One argument or variable, as Linux limits it (execve(2), `MAX_ARG_STRLEN`), without its NUL.
+const MAX_WORD: usize = (128 << 10) - 1;
+/// All arguments and variables together. They travel to the guest in one message of 1 MiB with those of the image.
+const MAX_WORDS_TOGETHER: usize = 512 << 10;
+/// A path (`PATH_MAX`), without its NUL.
+const MAX_PATH: usize = 4095;
+/// A user and a group: Linux takes 32 characters for each, directories of users take more.
+const MAX_USER: usize = 512;
+/// An image as it was written: a reference is shorter.
+const MAX_IMAGE: usize = 1024;
+
+/// Refuses what is longer than `most` bytes.
+fn within(what: &'static str, text: &str, most: usize) -> Result<(), ConfigError> {
+    match text.len() {
+        given if given > most => Err(ConfigError::TooLong { what, given, most }),
+        _ => Ok(()),
+    }
 }
 
 impl VmConfig {
@@ -452,10 +499,13 @@ impl VmConfig {
                 });
             }
         }
+        self.validate_lengths()?;
         if let Some(path) = &self.working_dir
             && !path.starts_with('/')
         {
-            return Err(ConfigError::WorkingDir { path: path.clone() });
+            return Err(ConfigError::WorkingDir {
+                path: path.chars().take(200).flat_map(char::escape_debug).collect(),
+            });
         }
         if self.init
             && (!self.cmd.is_empty()
@@ -486,6 +536,54 @@ impl VmConfig {
             .any(|text| text.contains('\0'))
         {
             return Err(ConfigError::Nul);
+        }
+        Ok(())
+    }
+
+    /// Nothing that goes to the guest is longer than the guest, or the message that carries it, can take.
+    fn validate_lengths(&self) -> Result<(), ConfigError> {
+        within("an image name", &self.image, MAX_IMAGE)?;
+        within(
+            "a working directory",
+            self.working_dir.as_deref().unwrap_or_default(),
+            MAX_PATH,
+        )?;
+        within("a user", self.user.as_deref().unwrap_or_default(), MAX_USER)?;
+        let entrypoint = self.entrypoint.as_deref().unwrap_or_default();
+        for (what, given) in [
+            ("arguments", self.cmd.len() + entrypoint.len()),
+            ("environment variables", self.env.len()),
+        ] {
+            if given > MAX_WORDS {
+                return Err(ConfigError::TooMany {
+                    what,
+                    given,
+                    most: MAX_WORDS,
+                });
+            }
+        }
+        let mut together = 0;
+        for argument in self.cmd.iter().chain(entrypoint) {
+            within("an argument", argument, MAX_WORD)?;
+            together += argument.len() + 1;
+        }
+        for variable in &self.env {
+            let length = variable.name().len() + 1 + variable.value().len();
+            if length > MAX_WORD {
+                return Err(ConfigError::TooLong {
+                    what: "an environment variable",
+                    given: length,
+                    most: MAX_WORD,
+                });
+            }
+            together += length + 1;
+        }
+        if together > MAX_WORDS_TOGETHER {
+            return Err(ConfigError::TooLong {
+                what: "a command line with its environment",
+                given: together,
+                most: MAX_WORDS_TOGETHER,
+            });
         }
         Ok(())
     }
@@ -582,6 +680,56 @@ mod tests {
             ConfigError::InitWithCommand
         ));
     }
+
+    #[test]
+    fn nothing_is_longer_than_a_guest_takes() {
+        let check = |change: &dyn Fn(&mut VmConfig), expected: Option<&str>| {
+            let mut config = VmConfig::new("x");
+            change(&mut config);
+            match (config.validate(), expected) {
+                (Ok(()), None) => {}
+                (Err(error), Some(what)) if error.to_string().contains(what) => {}
+                (found, _) => panic!("{found:?}, not {expected:?}"),
+            }
+        };
+        let word = |length: usize| "a".repeat(length);
+        let variable = |length: usize| format!("A={}", word(length)).parse::<EnvVar>().unwrap();
+        check(&|c| c.cmd = vec![word(1); 4096], None);
+        check(&|c| c.cmd = vec![word(1); 4097], Some("4097 arguments"));
+        check(
+            &|c| (c.cmd, c.entrypoint) = (vec![word(1); 4000], Some(vec![word(1); 97])),
+            Some("4097 arguments"),
+        );
+        check(
+            &|c| c.env = vec![variable(1); 4097],
+            Some("4097 environment variables"),
+        );
+        check(&|c| c.cmd = vec![word((128 << 10) - 1)], None);
+        check(
+            &|c| c.cmd = vec![word(128 << 10)],
+            Some("an argument of 131072 bytes"),
+        );
+        check(
+            &|c| c.env = vec![variable(128 << 10)],
+            Some("an environment variable"),
+        );
+        check(
+            &|c| c.cmd = vec![word(100 << 10); 6],
+            Some("a command line with its environment"),
+        );
+        check(
+            &|c| (c.cmd, c.env) = (vec![word(100 << 10); 3], vec![variable(100 << 10); 3]),
+            Some("a command line with its environment"),
+        );
+        check(&|c| c.working_dir = Some(format!("/{}", word(4094))), None);
+        check(
+            &|c| c.working_dir = Some(format!("/{}", word(4095))),
+            Some("a working directory"),
+        );
+        check(&|c| c.user = Some(word(513)), Some("a user"));
+        check(&|c| c.image = word(1025), Some("an image name"));
+    }
+
     #[test]
     fn shared_folders_must_make_sense() {
         let check = |mounts: &[(&str, &str)], expected: Option<&str>| {
@@ -609,6 +757,10 @@ mod tests {
         check(&[("/a", "/b/../c")], Some("`..`"));
         check(&[("/a", "/proc/x")], Some("its kernel"));
         check(&[("/a\nb", "/b")], Some("control characters"));
+        check(
+            &[("/a", &format!("/{}", "b".repeat(4095)))],
+            Some("longer than Linux takes"),
+        );
         check(&[("/a", "/b"), ("/c", "/b/")], Some("target `/b`"));
         check(&[("/a", "/b"), ("/c", "//b/.")], Some("target `/b`"));
         check(&[("/a", "/b"); 17], Some("too many"));

@@ -24,6 +24,9 @@ pub enum CloneKind {
 /// Buffer of the copy where the kernel cannot copy by itself: large enough to make system calls not matter.
 const BUFFER: usize = 1 << 20;
 
+/// What a try copies: one block of any file system that is in use.
+const PROBE: usize = 64 << 10;
+
 /// Makes `dst` (mode 0600, must not exist) a copy of the file `src`. Nothing is left behind on failure.
 pub fn clone_file(src: &Path, dst: &Path) -> io::Result<CloneKind> {
     let source = File::open(src)?;
@@ -50,6 +53,23 @@ fn clone_into(source: &File, target: &File) -> io::Result<CloneKind> {
         }
         Err(errno) => Err(errno.into()),
     }
+}
+
+/// Whether files in `dir` can share their blocks, found out by letting two do it. They have no names: nothing is left,
+/// also after a crash. An error where the file system knows no such files, or takes none.
+pub fn can_reflink(dir: &Path) -> io::Result<bool> {
+    let unnamed = || {
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .custom_flags(libc::O_TMPFILE)
+            .open(dir)
+    };
+    let (source, target) = (unnamed()?, unnamed()?);
+    // An empty file can be cloned where one with blocks cannot.
+    source.write_all_at(&[1; PROBE], 0)?;
+    Ok(clone_into(&source, &target)? == CloneKind::Reflink)
 }
 
 fn copy_sparse(source: &File, target: &File) -> io::Result<()> {
@@ -107,6 +127,17 @@ mod tests {
     use std::os::unix::fs::MetadataExt;
 
     use super::*;
+
+    #[test]
+    fn a_try_says_what_a_clone_does_and_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let (src, dst) = (dir.path().join("src"), dir.path().join("dst"));
+        std::fs::write(&src, [1; PROBE]).unwrap();
+        let cloned = clone_file(&src, &dst).unwrap();
+        assert_eq!(can_reflink(dir.path()).unwrap(), cloned == CloneKind::Reflink);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2);
+        assert!(can_reflink(&dir.path().join("none")).is_err());
+    }
 
     fn check(pieces: &[(u64, &[u8])], len: u64) {
         let dir = tempfile::tempdir().unwrap();

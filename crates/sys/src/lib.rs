@@ -1,12 +1,17 @@
 //! What the operating system offers, as safe functions. The one host crate with `unsafe`.
 
+pub mod cgroup;
+pub mod clock;
 pub mod clone;
 pub mod durable;
 pub mod kvm;
 pub mod lock;
+pub mod memory;
 pub mod process;
+pub mod programs;
 pub mod random;
 pub mod signal;
 pub mod smaps;
 pub mod space;
 pub mod tsc;
+pub mod usage;

@@ -22,6 +22,30 @@ pub fn size(path: &Path) -> io::Result<u64> {
     Ok(stat.f_blocks.saturating_mul(stat.f_frsize))
 }
 
+/// What can still be put on a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Room {
+    /// The bytes it has in all, as [`size`] counts them.
+    pub size: u64,
+    /// Bytes, as [`available`] counts them.
+    pub free: u64,
+    /// Files and folders; `None` where the file system has no fixed number of them (btrfs).
+    pub free_inodes: Option<u64>,
+    /// It is mounted read-only.
+    pub read_only: bool,
+}
+
+/// What an unprivileged writer could still put on the file system that holds `path`.
+pub fn room(path: &Path) -> io::Result<Room> {
+    let stat = rustix::fs::statvfs(path)?;
+    Ok(Room {
+        size: stat.f_blocks.saturating_mul(stat.f_frsize),
+        free: stat.f_bavail.saturating_mul(stat.f_frsize),
+        free_inodes: (stat.f_files > 0).then_some(stat.f_favail),
+        read_only: stat.f_flag.contains(rustix::fs::StatVfsMountFlags::RDONLY),
+    })
+}
+
 /// The bytes that `path` and everything below it take on disk: allocated blocks, not sizes, and each file with
 /// several names once. Symbolic links are not followed; what vanishes meanwhile is not counted.
 pub fn disk_usage(path: &Path) -> io::Result<u64> {
@@ -157,6 +181,17 @@ mod tests {
     use crate::clone::{CloneKind, clone_file};
 
     #[test]
+    fn room_is_what_the_file_system_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let room = room(dir.path()).unwrap();
+        assert!(!room.read_only);
+        assert_eq!(room.size, size(dir.path()).unwrap());
+        assert!(room.free <= room.size && room.free_inodes != Some(0), "{room:?}");
+        // The kernel's own files cannot be made by anybody, and nobody counts them.
+        assert_eq!(super::room(Path::new("/proc")).unwrap().free_inodes, None);
+    }
+
+    #[test]
     fn usage_counts_blocks_and_hard_links_once() {
         let dir = tempfile::tempdir().unwrap();
         let sub = dir.path().join("sub");
@@ -278,5 +313,7 @@ mod tests {
         let root = Path::new("/");
         assert!((1..size(root).unwrap()).contains(&available(root).unwrap()));
         assert!(available(Path::new("/no/such/path")).is_err());
+        let room = room(root).unwrap();
+        assert!(room.free > 0 && room.free_inodes != Some(0), "{room:?}");
     }
 }

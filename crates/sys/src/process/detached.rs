@@ -3,8 +3,8 @@
 //! ```text
 //! us                                    the child
 //! prepare everything (allocations)
-//! block signals, fork ────────────────► session, descriptors, limits, mounts, groups, gid, uid,
-//! read the report pipe                  no_new_privs, umask, folder, default signals
+//! block signals, fork ────────────────► control groups, session, descriptors, limits, mounts, groups,
+//! read the report pipe                  gid, uid, no_new_privs, umask, folder, default signals
 //!   five bytes: step and errno  ◄────── a step failed: tell, _exit
 //!   end of file                 ◄────── execve closed the pipe
 //! pidfd, task that reaps
@@ -87,6 +87,9 @@ pub struct DetachedCommand {
     pub log: Option<PathBuf>,
     /// What standard output and error are instead of a log.
     pub output: Option<OwnedFd>,
+    /// The folders of the control group that it enters before anything else, one for each hierarchy; none leaves it in
+    /// ours.
+    pub cgroups: Vec<PathBuf>,
     /// A folder that it sees with fewer rights, by mounts of its own; `None` shares our mounts. Needs `CAP_SYS_ADMIN`.
     pub bound_folder: Option<BoundFolder>,
     /// File descriptors it gets.
@@ -108,6 +111,7 @@ impl DetachedCommand {
             identity: None,
             log: None,
             output: None,
+            cgroups: Vec::new(),
             bound_folder: None,
             inherit: Vec::new(),
             limits: Vec::new(),
@@ -143,6 +147,15 @@ pub enum SpawnError {
         #[source]
         source: io::Error,
     },
+    /// The control group that it is to enter is not there, or not ours to fill.
+    #[error("cannot enter control group `{}`", path.display())]
+    Cgroup {
+        /// The group.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// A step in the new process failed, the last one being to execute the program.
     #[error("cannot {step} to start `{}`", program.display())]
     Child {
@@ -166,7 +179,8 @@ pub enum SpawnError {
 }
 
 /// The steps of a child between fork and exec, in order; their index travels through the pipe when one fails.
-const STEPS: [&str; 15] = [
+const STEPS: [&str; 16] = [
+    "enter its control group",
     "start a session",
     "move its file descriptors",
     "close other file descriptors",
@@ -184,7 +198,7 @@ const STEPS: [&str; 15] = [
     "execute the program",
 ];
 /// Where the steps of [`bound_folder`] start.
-const FIRST_BIND_STEP: u8 = 4;
+const FIRST_BIND_STEP: u8 = 5;
 
 /// Everything a child needs, laid out before the fork: after it, nothing may allocate.
 struct Prepared {
@@ -199,6 +213,8 @@ struct Prepared {
     /// One above every number that is given out.
     above: RawFd,
     limits: Vec<(libc::__rlimit_resource_t, u64)>,
+    /// The open `cgroup.procs` of its control groups.
+    cgroups: Vec<File>,
     /// The folder to bind, and whether it is to be read-only.
     bound_folder: Option<(CString, bool)>,
     identity: Option<Identity>,
@@ -272,6 +288,17 @@ fn open_log(path: &Path) -> Result<File, SpawnError> {
         })
 }
 
+/// Opens the file through which a process enters a control group.
+fn open_procs(group: &Path) -> Result<File, SpawnError> {
+    OpenOptions::new()
+        .write(true)
+        .open(group.join("cgroup.procs"))
+        .map_err(|source| SpawnError::Cgroup {
+            path: group.to_owned(),
+            source,
+        })
+}
+
 fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prepared, SpawnError> {
     let text = |bytes: &[u8]| CString::new(bytes).map_err(|_| SpawnError::Nul);
     let program = text(command.program.as_os_str().as_bytes())?;
@@ -308,6 +335,11 @@ fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prep
         above: fds.iter().map(|(_, number)| number + 1).max().unwrap_or(3),
         fds,
         limits: command.limits.iter().map(|limit| limit.raw()).collect(),
+        cgroups: command
+            .cgroups
+            .iter()
+            .map(|group| open_procs(group))
+            .collect::<Result<_, _>>()?,
         bound_folder: match &command.bound_folder {
             Some(folder) if !folder.is_possible() => {
                 return Err(SpawnError::BoundFolder {
@@ -371,14 +403,20 @@ unsafe fn run_child(prepared: &mut Prepared, report: RawFd) -> ! {
 unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
     // SAFETY: as for `run_child`; `copies` has room for every descriptor, so pushing does not allocate.
     unsafe {
+        for procs in &prepared.cgroups {
+            // 0 is whoever writes.
+            if libc::write(procs.as_raw_fd(), b"0".as_ptr().cast(), 1) != 1 {
+                return 0;
+            }
+        }
         if libc::setsid() < 0 {
-            return 0;
+            return 1;
         }
         // First out of the way of every number, then into place: one target may be another's source.
         for (source, _) in &prepared.fds {
             let copy = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, prepared.above);
             if copy < 0 {
-                return 1;
+                return 2;
             }
             prepared.copies.push(copy);
         }
@@ -389,11 +427,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
             libc::CLOSE_RANGE_CLOEXEC,
         ) < 0
         {
-            return 2;
+            return 3;
         }
         for (copy, (_, number)) in prepared.copies.iter().zip(&prepared.fds) {
             if libc::dup2(*copy, *number) < 0 {
-                return 1;
+                return 2;
             }
         }
         for (resource, value) in &prepared.limits {
@@ -402,7 +440,7 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
                 rlim_max: *value,
             };
             if libc::setrlimit(*resource, &raw const limit) < 0 {
-                return 3;
+                return 4;
             }
         }
         if let Some((path, read_only)) = &prepared.bound_folder
@@ -417,21 +455,21 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
                 identity.groups.as_ptr(),
             ) < 0
             {
-                return 9;
-            }
-            if libc::syscall(libc::SYS_setresgid, identity.gid, identity.gid, identity.gid) < 0 {
                 return 10;
             }
-            if libc::syscall(libc::SYS_setresuid, identity.uid, identity.uid, identity.uid) < 0 {
+            if libc::syscall(libc::SYS_setresgid, identity.gid, identity.gid, identity.gid) < 0 {
                 return 11;
+            }
+            if libc::syscall(libc::SYS_setresuid, identity.uid, identity.uid, identity.uid) < 0 {
+                return 12;
             }
         }
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 {
-            return 12;
+            return 13;
         }
         libc::umask(prepared.umask);
         if libc::chdir(prepared.cwd.as_ptr()) < 0 {
-            return 13;
+            return 14;
         }
         // Ignored signals (SIGPIPE, for one) would stay ignored in the program.
         for signal in 1..=libc::SIGRTMAX() {
@@ -445,7 +483,7 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
             prepared.argv.as_ptr(),
             prepared.envp.as_ptr(),
         );
-        14
+        15
     }
 }
 
@@ -611,6 +649,23 @@ mod tests {
                 ..shell("true")
             },
             "file descriptor number 2",
+        );
+        check(
+            DetachedCommand {
+                cgroups: vec!["/no/such/group".into()],
+                ..shell("true")
+            },
+            "cannot enter control group `/no/such/group`",
+        );
+        // A file that takes no process: the child itself finds out.
+        let group = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/dev/full", group.path().join("cgroup.procs")).unwrap();
+        check(
+            DetachedCommand {
+                cgroups: vec![group.path().to_owned()],
+                ..shell("true")
+            },
+            "cannot enter its control group to start `/bin/sh`",
         );
         check(
             DetachedCommand {
