@@ -4,7 +4,9 @@
 //! the file is copied beside itself, and a file from a newer version is refused. Calls are synchronous and take
 //! well under a millisecond plus one fsync; async callers go through [`Db::call`].
 
+mod event_rows;
 mod image_rows;
+mod object_rows;
 mod vm_rows;
 
 use std::fs::OpenOptions;
@@ -17,10 +19,15 @@ use offshoot_model::{ErrorKind, Explain};
 use rusqlite::Connection;
 use rusqlite_migration::{M, Migrations};
 
+pub use event_rows::{EVENTS_KEPT, EventFilter, NewEvent};
 pub use image_rows::ImageRow;
-pub use vm_rows::{VmRow, VmRunUpdate};
+pub use object_rows::ObjectRow;
+pub use vm_rows::{VmRow, VmRunUpdate, VmWrite};
 
-const MIGRATIONS: [M<'static>; 1] = [M::up(include_str!("../../migrations/0001-start.sql"))];
+const MIGRATIONS: [M<'static>; 2] = [
+    M::up(include_str!("../../migrations/0001-start.sql")),
+    M::up(include_str!("../../migrations/0002-operations.sql")),
+];
 
 /// How long a call waits for another process's transaction before it fails: `offshoot` never holds one longer than
 /// an fsync, so five seconds mean a stuck disk or a stuck outsider.
@@ -130,6 +137,19 @@ impl Explain for DbError {
     }
 }
 
+/// Makes the file unless it is there, for us alone: VMMs pass through the folder and must not read it.
+fn make_private(path: &Path) -> Result<(), DbError> {
+    let made = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .mode(0o600)
+        .open(path);
+    made.map(drop).map_err(|source| DbError::Create {
+        path: path.to_owned(),
+        source,
+    })
+}
+
 fn is_full(error: &rusqlite::Error) -> bool {
     error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull)
 }
@@ -157,16 +177,8 @@ impl Db {
             path: path.to_owned(),
             source,
         };
-        // SQLite gives its other files the mode of this one; VMMs pass through the folder and must not read it.
-        let made = OpenOptions::new()
-            .append(true)
-            .create(true)
-            .mode(0o600)
-            .open(path);
-        made.map_err(|source| DbError::Create {
-            path: path.to_owned(),
-            source,
-        })?;
+        // SQLite gives its log and its lock file the mode of this one.
+        make_private(path)?;
         let mut connection = Connection::open(path).map_err(open_error)?;
         connection.busy_timeout(BUSY_TIMEOUT).map_err(open_error)?;
         let version: i64 = connection
@@ -189,21 +201,26 @@ impl Db {
                 .pragma_update(None, pragma, value)
                 .map_err(open_error)?;
         }
-        if version > 0 && version < known {
-            let copy = path.with_extension(format!("db.v{version}"));
-            connection
-                .backup("main", &copy, None)
-                .map_err(|source| DbError::BackUp {
-                    path: copy.clone(),
+        let migrations = Migrations::from_slice(migrations);
+        for from in version..known {
+            // Before each one, so that whatever goes wrong can be gone back from. Nothing is lost with an empty file.
+            if from > 0 {
+                let copy = path.with_extension(format!("db.v{from}"));
+                make_private(&copy)?;
+                connection
+                    .backup("main", &copy, None)
+                    .map_err(|source| DbError::BackUp {
+                        path: copy.clone(),
+                        source,
+                    })?;
+            }
+            migrations
+                .to_version(&mut connection, usize::try_from(from + 1).unwrap_or(usize::MAX))
+                .map_err(|source| DbError::Migrate {
+                    path: path.to_owned(),
                     source,
                 })?;
         }
-        Migrations::from_slice(migrations)
-            .to_latest(&mut connection)
-            .map_err(|source| DbError::Migrate {
-                path: path.to_owned(),
-                source,
-            })?;
         Ok(Self {
             connection: Arc::new(Mutex::new(connection)),
         })
@@ -225,6 +242,13 @@ impl Db {
     pub fn integrity(&self) -> Result<String, DbError> {
         self.with("check the integrity", |connection| {
             connection.pragma_query_value(None, "integrity_check", |row| row.get(0))
+        })
+    }
+
+    /// Writes the log into the database file and cuts the log off, as far as nobody else reads it.
+    pub fn checkpoint(&self) -> Result<(), DbError> {
+        self.with("write the log back", |connection| {
+            connection.query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |_| Ok(()))
         })
     }
 
@@ -265,10 +289,36 @@ mod tests {
         let path = dir.path().join("offshoot.db");
         let mut longer = MIGRATIONS.to_vec();
         longer.push(M::up("CREATE TABLE later (x INTEGER) STRICT;"));
+        longer.push(M::up("CREATE TABLE latest (x INTEGER) STRICT;"));
         let db = Db::open_with(&path, &longer).unwrap();
         assert_eq!(db.integrity().unwrap(), "ok");
-        let version = format!("offshoot.db.v{}", MIGRATIONS.len());
-        assert!(dir.path().join(version).exists());
+        for version in MIGRATIONS.len()..longer.len() {
+            let copy = dir.path().join(format!("offshoot.db.v{version}"));
+            let found: i64 = Connection::open(copy)
+                .unwrap()
+                .pragma_query_value(None, "user_version", |row| row.get(0))
+                .unwrap();
+            assert_eq!(found, version as i64);
+            let copy = dir.path().join(format!("offshoot.db.v{version}"));
+            assert_eq!(
+                std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(copy).unwrap().permissions())
+                    & 0o777,
+                0o600
+            );
+        }
+    }
+
+    #[test]
+    fn a_migration_that_fails_changes_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        drop(Db::open(dir.path()).unwrap());
+        let path = dir.path().join("offshoot.db");
+        let mut bad = MIGRATIONS.to_vec();
+        bad.push(M::up(
+            "CREATE TABLE later (x INTEGER) STRICT; CREATE TABLE vms (x INTEGER);",
+        ));
+        assert!(matches!(Db::open_with(&path, &bad), Err(DbError::Migrate { .. })));
+        assert_eq!(Db::open(dir.path()).unwrap().integrity().unwrap(), "ok");
     }
 
     #[test]

@@ -1,13 +1,15 @@
 //! One row a VM, and the stages of its operations.
 
 use offshoot_model::{
-    BaseId, Digest, ExitReason, ExitStatus, KernelId, StageOutcome, StageTiming, VmId, VmName, VmState,
+    BaseId, Digest, Event, ExitReason, ExitStatus, KernelId, KernelObject, StageOutcome, StageTiming, VmId,
+    VmName, VmState,
 };
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::{Db, DbError};
+use super::event_rows::{self, NewEvent};
+use super::{Db, DbError, object_rows};
 
 /// What is kept of a VM. `definition` and `machine` are JSON of the engine's and the VMM driver's own types.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -40,6 +42,10 @@ pub struct VmRow {
     pub exit: Option<ExitStatus>,
     /// Why the last start failed, outermost first.
     pub failure: Vec<String>,
+    /// Somebody stopped it, and nobody started it since.
+    pub held: bool,
+    /// Somebody removed it, and it is not gone yet.
+    pub removing: bool,
 }
 
 /// The part of a row that a run changes.
@@ -57,6 +63,19 @@ pub struct VmRunUpdate {
     pub exit: Option<ExitStatus>,
     /// See [`VmRow::failure`].
     pub failure: Vec<String>,
+    /// See [`VmRow::held`].
+    pub held: bool,
+    /// See [`VmRow::removing`].
+    pub removing: bool,
+}
+
+/// What goes into the database together with a change of a VM's row: all of it or nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct VmWrite {
+    /// What happened.
+    pub events: Vec<NewEvent>,
+    /// What the VM has or is about to get in the kernel, when that changes.
+    pub objects: Option<Vec<KernelObject>>,
 }
 
 /// An enum's serde name, which is what the database and the API both show.
@@ -67,11 +86,11 @@ fn word<T: Serialize>(value: &T) -> String {
     }
 }
 
-fn parse_word<T: DeserializeOwned>(word: &str) -> Result<T, DbError> {
+pub(super) fn parse_word<T: DeserializeOwned>(word: &str) -> Result<T, DbError> {
     serde_json::from_value(serde_json::Value::String(word.to_owned())).map_err(unreadable)
 }
 
-fn unreadable(source: impl std::error::Error + Send + Sync + 'static) -> DbError {
+pub(super) fn unreadable(source: impl std::error::Error + Send + Sync + 'static) -> DbError {
     DbError::Row {
         what: "VM",
         source: Box::new(source),
@@ -79,7 +98,7 @@ fn unreadable(source: impl std::error::Error + Send + Sync + 'static) -> DbError
 }
 
 const COLUMNS: &str = "id, name, state, uid, image_digest, base_id, kernel_id, definition, machine, created_ms, \
-                       started_ms, finished_ms, exit_code, exit_reason, failure";
+                       started_ms, finished_ms, exit_code, exit_reason, failure, held, removing";
 
 /// A row as SQLite gives it, before anything is believed.
 struct RawVm {
@@ -88,6 +107,8 @@ struct RawVm {
     machine: Option<String>,
     times: (i64, Option<i64>, Option<i64>),
     exit: (Option<i32>, Option<String>),
+    held: bool,
+    removing: bool,
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
@@ -105,6 +126,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
         machine: row.get(8)?,
         times: (row.get(9)?, row.get(10)?, row.get(11)?),
         exit: (row.get(12)?, row.get(13)?),
+        held: row.get(15)?,
+        removing: row.get(16)?,
     })
 }
 
@@ -132,17 +155,30 @@ fn parse(raw: RawVm, failure: &str) -> Result<VmRow, DbError> {
         finished_ms: raw.times.2.map(i64::unsigned_abs),
         exit,
         failure: serde_json::from_str(failure).map_err(unreadable)?,
+        held: raw.held,
+        removing: raw.removing,
     })
 }
 
+/// A name's uniqueness in our words.
+fn name_taken(error: DbError, name: &VmName) -> DbError {
+    match error {
+        DbError::Statement { source, .. } if source.to_string().contains("vms.name") => DbError::NameTaken {
+            name: name.to_string(),
+        },
+        other => other,
+    }
+}
+
 impl Db {
-    /// Writes a new VM. Its name and uid must be free; a taken name is [`DbError::NameTaken`].
-    pub fn insert_vm(&self, row: &VmRow) -> Result<(), DbError> {
+    /// Writes a new VM and what happened. Its name and uid must be free; a taken name is [`DbError::NameTaken`].
+    pub fn insert_vm(&self, row: &VmRow, events: &[NewEvent]) -> Result<Vec<Event>, DbError> {
         let failure = serde_json::to_string(&row.failure).map_err(unreadable)?;
         let result = self.with("write a VM", |connection| {
-            connection.execute(
+            let transaction = connection.transaction()?;
+            transaction.execute(
                 &format!(
-                    "INSERT INTO vms ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"
+                    "INSERT INTO vms ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17)"
                 ),
                 params![
                     row.id.as_str(),
@@ -160,27 +196,33 @@ impl Db {
                     row.exit.map(|exit| exit.code),
                     row.exit.map(|exit| word(&exit.reason)),
                     failure,
+                    row.held,
+                    row.removing,
                 ],
-            )
+            )?;
+            let events = event_rows::insert(&transaction, events)?;
+            transaction.commit()?;
+            Ok(events)
         });
-        match result {
-            Err(DbError::Statement { source, .. }) if source.to_string().contains("vms.name") => {
-                Err(DbError::NameTaken {
-                    name: row.name.to_string(),
-                })
-            }
-            other => other.map(|_| ()),
-        }
+        result.map_err(|error| name_taken(error, &row.name))
     }
 
-    /// Writes what a run changed.
-    pub fn update_vm_run(&self, id: &VmId, update: &VmRunUpdate) -> Result<(), DbError> {
+    /// Writes what a run changed, together with what goes with it.
+    pub fn update_vm_run(
+        &self,
+        id: &VmId,
+        update: &VmRunUpdate,
+        write: &VmWrite,
+    ) -> Result<Vec<Event>, DbError> {
         let failure = serde_json::to_string(&update.failure).map_err(unreadable)?;
         self.with("write a VM's state", |connection| {
-            connection.execute(
-                "UPDATE vms SET state = ?2, machine = ?3, started_ms = ?4, finished_ms = ?5, exit_code = ?6,
-                 exit_reason = ?7, failure = ?8 WHERE id = ?1",
-                params![
+            let transaction = connection.transaction()?;
+            transaction
+                .prepare_cached(
+                    "UPDATE vms SET state = ?2, machine = ?3, started_ms = ?4, finished_ms = ?5, exit_code = ?6,
+                     exit_reason = ?7, failure = ?8, held = ?9, removing = ?10 WHERE id = ?1",
+                )?
+                .execute(params![
                     id.as_str(),
                     update.state.as_str(),
                     update.machine,
@@ -189,28 +231,31 @@ impl Db {
                     update.exit.map(|exit| exit.code),
                     update.exit.map(|exit| word(&exit.reason)),
                     failure,
-                ],
-            )
-        })?;
-        Ok(())
+                    update.held,
+                    update.removing,
+                ])?;
+            if let Some(objects) = &write.objects {
+                object_rows::replace(&transaction, id, objects)?;
+            }
+            let events = event_rows::insert(&transaction, &write.events)?;
+            transaction.commit()?;
+            Ok(events)
+        })
     }
 
     /// Gives a VM another name; a taken one is [`DbError::NameTaken`].
-    pub fn rename_vm(&self, id: &VmId, name: &VmName) -> Result<(), DbError> {
+    pub fn rename_vm(&self, id: &VmId, name: &VmName, events: &[NewEvent]) -> Result<Vec<Event>, DbError> {
         let result = self.with("rename a VM", |connection| {
-            connection.execute(
+            let transaction = connection.transaction()?;
+            transaction.execute(
                 "UPDATE vms SET name = ?2 WHERE id = ?1",
                 [id.as_str(), name.as_str()],
-            )
+            )?;
+            let events = event_rows::insert(&transaction, events)?;
+            transaction.commit()?;
+            Ok(events)
         });
-        match result {
-            Err(DbError::Statement { source, .. }) if source.to_string().contains("vms.name") => {
-                Err(DbError::NameTaken {
-                    name: name.to_string(),
-                })
-            }
-            other => other.map(|_| ()),
-        }
+        result.map_err(|error| name_taken(error, name))
     }
 
     /// Every VM, oldest first.
@@ -226,10 +271,14 @@ impl Db {
             .collect()
     }
 
-    /// Forgets a VM and its stages; whether there was one.
-    pub fn remove_vm(&self, id: &VmId) -> Result<bool, DbError> {
+    /// Forgets a VM and its stages. What it has in the kernel stays recorded until it is gone.
+    pub fn remove_vm(&self, id: &VmId, events: &[NewEvent]) -> Result<Vec<Event>, DbError> {
         self.with("forget a VM", |connection| {
-            Ok(connection.execute("DELETE FROM vms WHERE id = ?1", [id.as_str()])? > 0)
+            let transaction = connection.transaction()?;
+            transaction.execute("DELETE FROM vms WHERE id = ?1", [id.as_str()])?;
+            let events = event_rows::insert(&transaction, events)?;
+            transaction.commit()?;
+            Ok(events)
         })
     }
 
@@ -306,6 +355,8 @@ impl Db {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::db::EventFilter;
+    use offshoot_model::{EventAction, ObjectKind};
 
     fn row(n: u8, name: &str) -> VmRow {
         VmRow {
@@ -323,6 +374,8 @@ mod tests {
             finished_ms: None,
             exit: None,
             failure: Vec::new(),
+            held: false,
+            removing: false,
         }
     }
 
@@ -331,8 +384,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
         let mut one = row(1, "web");
-        db.insert_vm(&one).unwrap();
-        db.insert_vm(&row(2, "db")).unwrap();
+        db.insert_vm(&one, &[]).unwrap();
+        db.insert_vm(&row(2, "db"), &[]).unwrap();
         let update = VmRunUpdate {
             state: VmState::Stopped,
             machine: Some("{\"pid\":1}".into()),
@@ -343,12 +396,34 @@ mod tests {
                 reason: ExitReason::MainExited,
             }),
             failure: vec!["a".into(), "b".into()],
+            held: true,
+            removing: true,
         };
-        db.update_vm_run(&one.id, &update).unwrap();
+        let event = NewEvent {
+            time_ms: 6,
+            action: EventAction::Exit,
+            vm_id: Some(one.id.clone()),
+            vm_name: Some(one.name.clone()),
+            operation: None,
+            reason: "status 7".into(),
+        };
+        let socket = KernelObject {
+            kind: ObjectKind::Folder,
+            name: "/run/x".into(),
+        };
+        let write = VmWrite {
+            events: vec![event],
+            objects: Some(vec![socket.clone()]),
+        };
+        let events = db.update_vm_run(&one.id, &update, &write).unwrap();
+        assert_eq!(db.events(&EventFilter::default(), 9).unwrap(), events);
+        assert_eq!(db.objects().unwrap()[0].object, socket);
         (one.state, one.machine, one.started_ms) = (update.state, update.machine, update.started_ms);
         (one.finished_ms, one.exit, one.failure) = (update.finished_ms, update.exit, update.failure);
+        (one.held, one.removing) = (true, true);
         assert_eq!(db.vms().unwrap(), [one.clone(), row(2, "db")]);
-        assert!(db.remove_vm(&one.id).unwrap());
+        db.remove_vm(&one.id, &[]).unwrap();
+        assert_eq!(db.objects().unwrap().len(), 1, "it may still be there");
         assert_eq!(db.vms().unwrap(), [row(2, "db")]);
     }
 
@@ -356,13 +431,13 @@ mod tests {
     fn a_name_is_taken_whatever_its_case() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
-        db.insert_vm(&row(1, "web")).unwrap();
+        db.insert_vm(&row(1, "web"), &[]).unwrap();
         assert!(matches!(
-            db.insert_vm(&row(2, "WEB")),
+            db.insert_vm(&row(2, "WEB"), &[]),
             Err(DbError::NameTaken { .. })
         ));
-        db.insert_vm(&row(3, "other")).unwrap();
-        let taken = db.rename_vm(&row(3, "x").id, &"Web".parse().unwrap());
+        db.insert_vm(&row(3, "other"), &[]).unwrap();
+        let taken = db.rename_vm(&row(3, "x").id, &"Web".parse().unwrap(), &[]);
         assert!(matches!(taken, Err(DbError::NameTaken { .. })));
     }
 
@@ -372,10 +447,10 @@ mod tests {
         let db = Db::open(dir.path()).unwrap();
         assert_eq!(db.free_uid(101, 3).unwrap(), Some(101));
         for (n, free) in [(1, Some(102)), (2, Some(103)), (3, None)] {
-            db.insert_vm(&row(n, &format!("v{n}"))).unwrap();
+            db.insert_vm(&row(n, &format!("v{n}")), &[]).unwrap();
             assert_eq!(db.free_uid(101, 3).unwrap(), free);
         }
-        db.remove_vm(&row(2, "x").id).unwrap();
+        db.remove_vm(&row(2, "x").id, &[]).unwrap();
         assert_eq!(db.free_uid(101, 3).unwrap(), Some(102));
     }
 
@@ -383,7 +458,7 @@ mod tests {
     fn stages_go_with_their_vm() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
-        db.insert_vm(&row(1, "web")).unwrap();
+        db.insert_vm(&row(1, "web"), &[]).unwrap();
         let id = row(1, "web").id;
         let stage = |name: &str| StageTiming {
             operation: "start".into(),
@@ -395,7 +470,7 @@ mod tests {
         db.put_stages(&id, "start", &[stage("a"), stage("b")]).unwrap();
         db.put_stages(&id, "start", &[stage("c")]).unwrap();
         assert_eq!(db.stages(&id).unwrap(), [stage("c")]);
-        db.remove_vm(&id).unwrap();
+        db.remove_vm(&id, &[]).unwrap();
         assert_eq!(db.stages(&id).unwrap(), []);
     }
 }
