@@ -39,10 +39,10 @@ pub(crate) fn run() -> ! {
     let _ = rustix::thread::set_name(c"offshoot-agent");
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => power::off_because(format_args!("cannot start: {error}")),
+        Err(error) => power::fail(format_args!("cannot start: {error}")),
     };
     let result = runtime.block_on(listen());
-    power::off_because(format_args!("cannot listen for the host: {result:?}"))
+    power::fail(format_args!("cannot listen for the host: {result:?}"))
 }
 
 async fn listen() -> io::Result<()> {

@@ -26,8 +26,10 @@ pub(crate) fn off() -> ! {
     }
 }
 
-/// Says why there is nothing left to do, and switches the machine off.
-pub(crate) fn off_because(reason: impl std::fmt::Display) -> ! {
+/// Says why there is nothing left to do, and fails as a machine does: a kernel whose PID 1 ends panics, so that the host
+/// does not take it for an orderly end. From the agent the way there leads over PID 1, which reaps it.
+pub(crate) fn fail(reason: impl std::fmt::Display) -> ! {
     log::fatal(reason);
-    off()
+    rustix::fs::sync();
+    std::process::exit(1)
 }

@@ -308,7 +308,7 @@ fn become_identity(command: &mut Command, identity: Identity, tty: bool) {
         ) {
             let _ = rustix::io::write(&file, b"0");
         }
-        unblock_signals();
+        default_signals();
         rustix::process::setsid()?;
         if tty {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
@@ -326,10 +326,17 @@ fn become_identity(command: &mut Command, identity: Identity, tty: bool) {
     unsafe { command.pre_exec(child) };
 }
 
-/// Lets every signal through, whatever the agent's own threads block: std leaves that as it is.
-fn unblock_signals() {
-    // SAFETY: an all-zero sigset_t is a valid place for sigemptyset to fill, and lives through the calls.
+/// Lets every signal through with its usual effect, whatever the agent blocks or was started with: std leaves that as
+/// it is.
+fn default_signals() {
+    /// The last one (signal(7)).
+    const LAST: libc::c_int = 64;
+    // SAFETY: an all-zero sigset_t is a valid place for sigemptyset to fill, and lives through the calls; the default
+    // action needs no handler. What cannot be set (SIGKILL, SIGSTOP, glibc's own two) is refused and stays.
     unsafe {
+        for number in 1..=LAST {
+            libc::signal(number, libc::SIG_DFL);
+        }
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::sigprocmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());

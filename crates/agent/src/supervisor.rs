@@ -46,13 +46,13 @@ const END_SIGNALS: [libc::c_int; 5] = [
 /// PID 1's whole life.
 pub(crate) fn run() -> ! {
     if let Err(error) = crate::boot::prepare() {
-        power::off_because(error);
+        power::fail(error);
     }
     // Ctrl-Alt-Del becomes SIGINT.
     let _ = rustix::system::reboot(rustix::system::RebootCommand::CadOff);
     match start() {
         Ok(mut supervisor) => supervisor.supervise(),
-        Err(error) => power::off_because(format_args!("cannot start the agent: {error}")),
+        Err(error) => power::fail(format_args!("cannot start the agent: {error}")),
     }
 }
 
@@ -133,7 +133,7 @@ impl Supervisor {
             if let Err(error) = poll(&mut ready, None)
                 && error != rustix::io::Errno::INTR
             {
-                power::off_because(format_args!("PID 1 cannot wait: {error}"));
+                power::fail(format_args!("PID 1 cannot wait: {error}"));
             }
             let ordered = !ready[1].revents().is_empty();
             self.take_signals();
@@ -162,7 +162,7 @@ impl Supervisor {
     fn reap(&self) {
         while let Ok(Some((pid, status))) = wait(WaitOptions::NOHANG) {
             if pid == self.agent {
-                power::off_because(format_args!("the agent ended: {status:?}"));
+                power::fail(format_args!("the agent ended: {status:?}"));
             }
         }
     }
@@ -174,7 +174,7 @@ impl Supervisor {
             return;
         };
         if length == 0 {
-            power::off_because("the agent closed its end of PID 1's socket");
+            power::fail("the agent closed its end of PID 1's socket");
         }
         let fd = std::str::from_utf8(&order[..length])
             .ok()
@@ -207,7 +207,7 @@ impl Supervisor {
         let error = execute_init();
         if move_into_link_name_space(std::os::fd::AsFd::as_fd(&ours), Some(LinkNameSpaceType::Mount)).is_err()
         {
-            power::off_because(format_args!(
+            power::fail(format_args!(
                 "PID 1 cannot leave the image's namespace {}",
                 ours.as_raw_fd()
             ));

@@ -12,7 +12,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::error::{CallError, printable};
-use super::{AgentClient, v1};
+use super::{AgentClient, in_time, v1};
 use crate::limits::MAX_CHUNK;
 
 /// How many chunks of tar wait for the connection.
@@ -107,6 +107,10 @@ impl AgentClient {
     where
         R: AsyncRead + Send + Unpin,
     {
+        // The answer comes when everything is unpacked, whenever that is: whether anybody listens is asked before.
+        self.hello()
+            .await
+            .map_err(|source| CopyInError::Call { source })?;
         let (sender, receiver) = mpsc::channel(COPY_QUEUE);
         let mut stub = self.stub.clone();
         let call = stub.copy_in(ReceiverStream::new(receiver));
@@ -133,19 +137,15 @@ impl AgentClient {
     /// `Refused` with kind `NotFound` when the guest has no such path.
     pub async fn copy_out(&self, path: &str) -> Result<CopiedOut, CallError> {
         const CALL: &str = "copy_out";
-        let reply = self
-            .stub
-            .clone()
-            .copy_out(v1::CopyOutRequest {
-                path: path.to_owned(),
-            })
-            .await;
-        let mut stream = reply.map_err(|status| CallError::of(CALL, &status))?.into_inner();
-        match stream
-            .message()
-            .await
-            .map_err(|status| CallError::of(CALL, &status))?
-        {
+        let path = path.to_owned();
+        let mut stub = self.stub.clone();
+        let first = async {
+            let mut stream = stub.copy_out(v1::CopyOutRequest { path }).await?.into_inner();
+            let first = stream.message().await?;
+            Ok((stream, first))
+        };
+        let (stream, first) = in_time(CALL, first).await?;
+        match first {
             Some(v1::CopyOutReply {
                 what: Some(v1::copy_out_reply::What::Stat(mut stat)),
             }) => {

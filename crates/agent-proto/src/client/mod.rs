@@ -3,7 +3,8 @@
 //! One [`AgentClient`] is one HTTP/2 connection over one stream. It never reconnects by itself: when the stream ends,
 //! every open and every later call fails with [`CallError::Gone`], and whoever owns the VM decides what that means.
 //!
-//! Guests are hostile until shown otherwise: messages are bounded ([`limits`]), a message that makes no sense is
+//! Guests are hostile until shown otherwise: messages are bounded ([`limits`]), so is the wait for an answer to begin;
+//! a message that makes no sense is
 //! [`CallError::BadReply`], and texts for people are shortened and freed of control characters.
 
 mod copy;
@@ -17,6 +18,7 @@ use std::time::{Duration, Instant};
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
+use tonic::Status;
 use tonic::transport::{Channel, Endpoint};
 
 pub use self::copy::{CopiedOut, CopyInError, CopyOutStream};
@@ -38,6 +40,21 @@ type Stub = v1::agent_client::AgentClient<Channel>;
 /// What happens when the answer to a shutdown does not come: the guest takes this long beyond its grace at most, for
 /// SIGKILL, sync and unmounting.
 const SHUTDOWN_SLACK: Duration = Duration::from_secs(30);
+
+/// How long an agent may take to begin to answer. An emulated guest on a busy host takes seconds at worst; one whose
+/// agent was stopped by its own guest takes for ever.
+const ANSWER: Duration = Duration::from_secs(30);
+
+/// Gives a call up whose answer does not begin in time.
+async fn in_time<T>(
+    call: &'static str,
+    answer: impl Future<Output = Result<T, Status>>,
+) -> Result<T, CallError> {
+    match tokio::time::timeout(ANSWER, answer).await {
+        Ok(answer) => answer.map_err(|status| CallError::of(call, &status)),
+        Err(_) => Err(CallError::Late { call }),
+    }
+}
 
 /// A connection to the agent of one guest. Clones share it.
 #[derive(Clone, Debug)]
@@ -113,15 +130,11 @@ impl AgentClient {
     /// Who is there.
     ///
     /// # Errors
-    /// When the agent is gone.
+    /// When the agent is gone or does not answer.
     pub async fn hello(&self) -> Result<Hello, CallError> {
         const CALL: &str = "hello";
-        let reply = self
-            .stub
-            .clone()
-            .hello(v1::HelloRequest {})
-            .await
-            .map_err(|status| CallError::of(CALL, &status))?;
+        let mut stub = self.stub.clone();
+        let reply = in_time(CALL, stub.hello(v1::HelloRequest {})).await?;
         let reply = reply.into_inner();
         let main = v1::MainState::try_from(reply.main).map_err(|_| CallError::BadReply {
             call: CALL,
@@ -192,12 +205,8 @@ impl AgentClient {
     /// `Refused` when there is no such process.
     pub async fn signal_main(&self, signal: u32) -> Result<(), CallError> {
         let request = v1::SignalRequest { signal };
-        self.stub
-            .clone()
-            .signal_main(request)
-            .await
-            .map_err(|status| CallError::of("signal_main", &status))?;
-        Ok(())
+        let mut stub = self.stub.clone();
+        in_time("signal_main", stub.signal_main(request)).await.map(drop)
     }
 
     /// Ends every process, syncs and unmounts. Returns whether the disks are clean; the VMM may be killed then, and

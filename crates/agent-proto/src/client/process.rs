@@ -11,7 +11,7 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::Streaming;
 
 use super::error::{CallError, printable};
-use super::{AgentClient, v1};
+use super::{AgentClient, in_time, v1};
 use crate::limits::MAX_CHUNK;
 
 /// How many messages of input wait for the connection; a chunk each, so this is what a fast client buffers.
@@ -282,14 +282,9 @@ impl AgentClient {
     /// # Errors
     /// When the agent is gone.
     pub async fn main_output(&self, offset: u64) -> Result<ProcessEvents, CallError> {
-        let reply = self
-            .stub
-            .clone()
-            .main_output(v1::MainOutputRequest { offset })
-            .await;
-        let stream = reply
-            .map_err(|status| CallError::of("main_output", &status))?
-            .into_inner();
+        let mut stub = self.stub.clone();
+        let answer = stub.main_output(v1::MainOutputRequest { offset });
+        let stream = in_time("main_output", answer).await?.into_inner();
         Ok(ProcessEvents {
             source: Source::Main(stream),
             over: false,
@@ -317,7 +312,7 @@ impl AgentClient {
     /// Starts one more process. A process that cannot be started is the first event, not an error.
     ///
     /// # Errors
-    /// When the guest is not configured or the agent is gone.
+    /// When the guest is not configured, or the agent is gone or does not answer.
     pub async fn exec(&self, process: v1::Process) -> Result<ExecSession, CallError> {
         let (sender, receiver) = mpsc::channel(INPUT_QUEUE);
         let start = v1::ExecRequest {
@@ -326,10 +321,9 @@ impl AgentClient {
         sender
             .try_send(start)
             .expect("a new channel has room and a receiver");
-        let reply = self.stub.clone().exec(ReceiverStream::new(receiver)).await;
-        let stream = reply
-            .map_err(|status| CallError::of("exec", &status))?
-            .into_inner();
+        let mut stub = self.stub.clone();
+        let answer = stub.exec(ReceiverStream::new(receiver));
+        let stream = in_time("exec", answer).await?.into_inner();
         Ok(ExecSession {
             input: InputSender {
                 sender: Sender::Exec(sender),

@@ -60,8 +60,13 @@ pub(super) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Re
 /// The device of the virtio disk with a serial.
 pub(super) fn find(serial: &str) -> Result<PathBuf, ConfigureError> {
     wait_for(&format!("the disk `{serial}`"), || {
-        find_in(Path::new("/sys/block"), serial)
+        find_in(Path::new("/sys/block"), serial).filter(|device| opens(device))
     })
+}
+
+/// Whether a block device can be opened. Its names appear a moment before it can, and until then it is `ENXIO`.
+pub(super) fn opens(device: &Path) -> bool {
+    File::open(device).is_ok()
 }
 
 fn find_in(block: &Path, serial: &str) -> Option<PathBuf> {

@@ -74,7 +74,7 @@ fn mount_lower(lower: &Lower) -> Result<(), ConfigureError> {
         Lower::Pmem { index } => {
             let device = device(&format!("pmem{index}"));
             disk::wait_for(&format!("the persistent memory {}", device.display()), || {
-                device.exists().then_some(())
+                disk::opens(&device).then_some(())
             })?;
             (device, "erofs", Some(c"dax=always"))
         }
