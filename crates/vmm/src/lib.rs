@@ -2,7 +2,7 @@
 //!
 //! Nothing here knows networks, storage or images: a disk is a path, a network device the name of a TAP. One trait
 //! pair, [`Driver`] and [`Machine`], stands before every VMM; [`qemu`] is the first behind it. The fake
-//! (`offshoot-fake-vmm`, [`fake`]) is another *program* under the real QEMU driver, so that tests exercise the driver.
+//! (`crates/fake-vmm`) is another *program* under the real QEMU driver, so that tests exercise the driver.
 //! [`virtiofsd`] serves the folders that a plan shares; it is started before the VMM, which connects to it.
 //!
 //! ```text
@@ -12,14 +12,15 @@
 //! ```
 
 mod ask;
+mod bounded_log;
 pub mod cloud_hypervisor;
 mod driver;
-pub mod fake;
 mod machine;
 pub mod plan;
 pub mod qemu;
 mod said;
 pub mod virtiofsd;
+mod words;
 
 pub use driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts, VmmFeature};
 pub use machine::{

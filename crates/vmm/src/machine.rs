@@ -9,6 +9,7 @@ use async_trait::async_trait;
 use offshoot_model::{ByteSize, ErrorKind, Explain, VmId};
 use offshoot_sys::process::{Exit, ProcessIdentity};
 use serde::{Deserialize, Serialize};
+use tokio::sync::watch;
 
 /// A running VMM with its VM. Dropping it lets go of the control connection and leaves the VM running.
 ///
@@ -46,6 +47,10 @@ pub trait Machine: Send + Sync {
     /// Returns when the process is gone and nothing of it is left but its logs.
     async fn wait_exit(&self) -> VmmExit;
 
+    /// Whether the guest stands still because the host has no room for what it writes. It goes on by itself once there
+    /// is some, and has not noticed.
+    fn waits_for_room(&self) -> watch::Receiver<bool>;
+
     /// Grows a disk, of a file that may have grown already. Never shrinks one.
     async fn resize_disk(&self, serial: &str, size: ByteSize) -> Result<(), MachineError>;
 
@@ -82,6 +87,9 @@ pub struct MachineState {
     pub agent: AgentEndpoint,
     /// Where the end of the guest's console is kept.
     pub console: PathBuf,
+    /// The log that gets the VMM's words when it has ended.
+    #[serde(default)]
+    pub log: PathBuf,
 }
 
 impl MachineState {

@@ -50,6 +50,9 @@ pub struct LaunchPlan {
     pub agent: AgentChannel,
     /// Who the process becomes; `None` keeps who we are. The files that it writes belong to that user already.
     pub identity: Option<VmmIdentity>,
+    /// The folders of the control group that the process is in from its first instruction on, one for each hierarchy;
+    /// none leaves it in ours.
+    pub cgroups: Vec<PathBuf>,
 }
 
 /// How guest instructions are run.
@@ -340,7 +343,8 @@ impl LaunchPlan {
             .chain(self.initramfs.iter().map(|path| ("initramfs", path)))
             .chain(self.disks.iter().map(|disk| ("disk", &disk.path)))
             .chain(self.pmems.iter().map(|pmem| ("persistent memory", &pmem.path)))
-            .chain(self.shares.iter().map(|share| ("share socket", &share.socket)));
+            .chain(self.shares.iter().map(|share| ("share socket", &share.socket)))
+            .chain(self.cgroups.iter().map(|path| ("control group", path)));
         for (what, path) in paths {
             if !is_plain_absolute(path) {
                 return Err(PlanError::Path {
@@ -488,6 +492,7 @@ pub(crate) mod tests {
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity: None,
+            cgroups: Vec::new(),
         }
     }
 
@@ -611,6 +616,7 @@ pub(crate) mod tests {
         check(&|p| p.initramfs = Some("".into()), "initramfs ``");
         check(&|p| p.disks[0].path = "/a\nb".into(), "disk `/a");
         check(&|p| p.log = "/a\0b".into(), "log `/a");
+        check(&|p| p.cgroups.push("g".into()), "control group `g`");
         check(
             &|p| p.run_dir = format!("/{}", "x".repeat(96)).into(),
             "too long for sockets",

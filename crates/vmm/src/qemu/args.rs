@@ -2,6 +2,8 @@
 
 use std::os::fd::RawFd;
 
+use offshoot_model::ByteSize;
+
 use crate::driver::LaunchError;
 use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan, NetBackend};
 
@@ -26,8 +28,8 @@ pub const CPU_TCG: &str = "max";
 /// How many entries a share's queue has: the most that QEMU's virtiofsd takes. A guest puts a page into each, so that
 /// QEMU's default of 128 would limit every read and write to 496 KiB (Linux, `virtio_fs_get_tree`).
 const SHARE_QUEUE: &str = "1024";
-/// How much translated code TCG keeps, MiB.
-const TCG_CACHE_MIB: &str = "128";
+/// How much translated code TCG keeps: QEMU's own default is an eighth of the host's memory, up to 1 GiB for each VM.
+pub const TCG_CACHE: ByteSize = ByteSize::from_mib(128);
 
 /// The node name of a disk's block device: what QMP's `block_resize` takes.
 pub(crate) fn disk_node(serial: &str) -> String {
@@ -119,7 +121,7 @@ fn machine(line: &mut CommandLine, plan: &LaunchPlan, facts: &QemuFacts) {
             Accel::Kvm => Opts::of("kvm"),
             Accel::Tcg => Opts::of("tcg")
                 .with("thread", "multi")
-                .with("tb-size", TCG_CACHE_MIB),
+                .with("tb-size", TCG_CACHE.mib().to_string()),
         },
     );
     line.value(
@@ -288,9 +290,9 @@ mod tests {
 
     use super::super::probe::tests::debian_12;
     use super::*;
-    use crate::fake::read_opts;
     use crate::plan::tests::{any_plan, bare_plan};
     use crate::plan::{DiskPlan, Mac, NetPlan, PmemPlan, SharePlan};
+    use crate::qemu::read_opts;
 
     /// An option and its parsed value.
     type ParsedOption = (String, Vec<(Option<String>, OsString)>);

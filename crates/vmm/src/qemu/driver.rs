@@ -5,8 +5,7 @@
 //!    pure         pure          └──────── a guard undoes these when a later step fails ────┘
 //! ```
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -25,12 +24,10 @@ use super::qmp::Qmp;
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
 use crate::plan::{LaunchPlan, NetBackend, PlanError};
-use crate::said::plain_lines;
+use crate::words::Words;
 
 /// The name of this driver in stored states.
 pub(crate) const KIND: &str = "qemu";
-/// How much of QEMU's words goes into an error: its last complaint is one or two lines.
-const MAX_SAID: u64 = 2048;
 
 /// Which QEMU, and how it is run.
 #[derive(Clone, Debug)]
@@ -103,9 +100,12 @@ impl Driver for QemuDriver {
                     path: error.value.into(),
                 },
             })?;
-        let log_start = std::fs::metadata(&plan.log).map_or(0, |meta| meta.len());
         let started = Instant::now();
-        let (mut launched, command) = prepare(plan, &self.config, args)?;
+        let words = Words::new("vmm-words").map_err(|source| LaunchError::Prepare {
+            path: plan.log.clone(),
+            source,
+        })?;
+        let (mut launched, command) = prepare(plan, &self.config, args, &words)?;
 
         let (process, pidfd) = spawn_detached(command).map_err(|source| LaunchError::Spawn { source })?;
         launched.process = Some(pidfd.clone());
@@ -117,6 +117,7 @@ impl Driver for QemuDriver {
             control: launched.control.clone(),
             agent: AgentEndpoint::UnixLink(launched.agent.clone()),
             console: plan.console.clone(),
+            log: plan.log.clone(),
         };
         let record = plan.run_dir.join(MachineState::FILE);
         state
@@ -131,13 +132,14 @@ impl Driver for QemuDriver {
         };
         let qmp = match qmp {
             Ok(qmp) => qmp,
-            Err(source) => return Err(failure(plan, log_start, &pidfd, source).await),
+            Err(source) => return Err(failure(plan, &words, &pidfd, source).await),
         };
         tracing::debug!(vm = %plan.vm, pid = state.process.pid, ?spawned, ready = ?started.elapsed(), "QEMU answers");
         launched.keep();
         Ok(Box::new(QemuMachine::start(
             state,
             pidfd,
+            Some(words),
             qmp,
             self.config.patience,
         )))
@@ -168,6 +170,7 @@ impl Driver for QemuDriver {
             Ok(qmp) => Ok(Some(Box::new(QemuMachine::start(
                 state.clone(),
                 pidfd,
+                words_of(state),
                 qmp,
                 self.config.patience,
             )))),
@@ -219,6 +222,7 @@ fn prepare(
     plan: &LaunchPlan,
     config: &QemuConfig,
     args: Vec<std::ffi::OsString>,
+    words: &Words,
 ) -> Result<(Launched, DetachedCommand), LaunchError> {
     let launched = Launched {
         run_dir: plan.run_dir.clone(),
@@ -234,12 +238,17 @@ fn prepare(
         .iter()
         .map(|(name, value)| (name.into(), value.into()))
         .collect();
-    command.log = Some(plan.log.clone());
+    let output = words.writer().map_err(|source| LaunchError::Prepare {
+        path: plan.log.clone(),
+        source,
+    })?;
+    command.output = Some(output);
     command.identity = plan.identity.clone().map(|who| Identity {
         uid: who.uid,
         gid: who.gid,
         groups: who.groups,
     });
+    command.cgroups.clone_from(&plan.cgroups);
     // A dump of QEMU is a dump of the guest's memory.
     command.limits = vec![ResourceLimit::Core(0)];
     for (path, number) in [(&launched.control, QMP_FD), (&launched.agent, AGENT_FD)] {
@@ -271,7 +280,7 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
 }
 
 /// Why QEMU did not answer, in its own words. Ends it first, so that it has no more of them.
-async fn failure(plan: &LaunchPlan, log_start: u64, process: &PidFd, source: ControlError) -> LaunchError {
+async fn failure(plan: &LaunchPlan, words: &Words, process: &PidFd, source: ControlError) -> LaunchError {
     // A QEMU that complains closes its sockets a moment before it is gone; its status then says more than ours.
     let leaving = Duration::from_millis(500);
     let ended_by_itself = tokio::time::timeout(leaving, process.wait_exit()).await;
@@ -279,7 +288,10 @@ async fn failure(plan: &LaunchPlan, log_start: u64, process: &PidFd, source: Con
         let _ = process.send_signal(Signal::KILL);
         process.wait_exit().await;
     }
-    let (said, log) = (said_since(&plan.log, log_start), plan.log.clone());
+    if let Err(error) = words.save(&plan.log) {
+        tracing::warn!(vm = %plan.vm, %error, "cannot keep what QEMU said");
+    }
+    let (said, log) = (said(&words.said()), plan.log.clone());
     match ended_by_itself {
         Ok(exit) => LaunchError::Exited { exit, said, log },
         Err(_) => LaunchError::Control {
@@ -293,22 +305,18 @@ async fn failure(plan: &LaunchPlan, log_start: u64, process: &PidFd, source: Con
     }
 }
 
-/// The end of what the log got since `start`, without control characters.
-fn said_since(log: &Path, start: u64) -> String {
-    let read = || -> io::Result<Vec<u8>> {
-        let mut file = File::open(log)?;
-        let end = file.metadata()?.len();
-        file.seek(SeekFrom::Start(start.max(end.saturating_sub(MAX_SAID))))?;
-        let mut bytes = Vec::new();
-        file.take(MAX_SAID).read_to_end(&mut bytes)?;
-        Ok(bytes)
-    };
-    let lines = plain_lines(&read().unwrap_or_default());
+/// What a QEMU of an earlier daemon says.
+fn words_of(state: &MachineState) -> Option<Words> {
+    let words = Words::of_process(state.process.pid);
+    words
+        .inspect_err(|error| tracing::warn!(vm = %state.vm, %error, "cannot reach what QEMU says"))
+        .ok()
+}
+
+/// QEMU's last words in one line.
+fn said(lines: &[String]) -> String {
     let lines = lines.iter().map(|line| without_timestamp(line));
-    lines
-        .filter(|line| !line.is_empty())
-        .collect::<Vec<_>>()
-        .join("; ")
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 /// `2026-11-21T20:57:00.123456Z qemu-system-x86_64: words` without the time: the error is about now.
@@ -324,17 +332,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn qemus_words_are_cut_and_cleaned() {
-        let folder = tempfile::tempdir().unwrap();
-        let log = folder.path().join("vmm.log");
-        assert_eq!(said_since(&log, 0), "");
-        std::fs::write(
-            &log,
-            "old\n2026-11-21T20:57:00.123456Z qemu: cannot \x1b[31mx\nsecond\n\n",
-        )
-        .unwrap();
-        assert_eq!(said_since(&log, 4), "qemu: cannot [31mx; second");
-        std::fs::write(&log, "é".repeat(5000)).unwrap();
-        assert!(said_since(&log, 0).chars().count() <= 1025);
+    fn qemus_words_lose_their_time() {
+        let lines = [
+            "2026-11-21T20:57:00.123456Z qemu: cannot x".to_owned(),
+            "second".to_owned(),
+        ];
+        assert_eq!(said(&lines), "qemu: cannot x; second");
+        assert_eq!(said(&[]), "");
     }
 }

@@ -2,10 +2,11 @@
 //!
 //! ```text
 //! running ─ SHUTDOWN event ─► save console ─► quit ─┐
-//!    │                                              ├─► process gone ─► files removed ─► wait_exit returns
+//!    │                                              ├─► process gone ─► words saved, files removed ─► wait_exit returns
 //!    └─ quit(), kill(), crash ──────────────────────┘
 //! ```
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -18,11 +19,12 @@ use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::args::{CONSOLE_CHARDEV, CONSOLE_RING, disk_node};
-use super::console;
-use super::qmp::{Qmp, Shutdown};
+use super::qmp::{Qmp, Seen, Shutdown};
+use crate::bounded_log;
 use crate::machine::{
     ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
 };
+use crate::words::Words;
 
 /// How long QEMU may take to leave after `quit`: it flushes disks.
 const QUIT_PATIENCE: Duration = Duration::from_secs(10);
@@ -32,8 +34,16 @@ const KILL_PATIENCE: Duration = Duration::from_secs(30);
 const CONSOLE_PATIENCE: Duration = Duration::from_millis(200);
 /// How long the last events may take from a socket whose process is gone: they are there already.
 const LAST_EVENTS: Duration = Duration::from_millis(200);
+/// A panic's message, registers and trace take about 4 KiB.
+const PANIC_WINDOW: usize = 8 << 10;
+/// How long a QEMU that has closed its sockets may take to be gone.
+const LEAVING: Duration = Duration::from_millis(500);
 /// How long to wait before a broken control connection is made again.
 const RECONNECT: Duration = Duration::from_secs(1);
+/// How often it is tried whether there is room again for what the guest writes.
+const ROOM_RETRY: Duration = Duration::from_secs(1);
+/// A guest that still finds no room is halted again within this time: its writes are repeated at once.
+const ROOM_FOUND: Duration = Duration::from_millis(500);
 
 pub(crate) struct QemuMachine {
     shared: Arc<Shared>,
@@ -43,6 +53,8 @@ pub(crate) struct QemuMachine {
 struct Shared {
     state: MachineState,
     process: PidFd,
+    /// What it says; nothing where that cannot be reached.
+    words: Option<Words>,
     /// How long QEMU may take to answer.
     patience: Duration,
     qmp: Mutex<Arc<Qmp>>,
@@ -50,19 +62,30 @@ struct Shared {
     console: Mutex<()>,
     kill_asked: AtomicBool,
     quit_asked: AtomicBool,
+    pause_asked: AtomicBool,
+    waits_for_room: watch::Sender<bool>,
     exit: watch::Sender<Option<VmmExit>>,
 }
 
 impl QemuMachine {
-    pub(crate) fn start(state: MachineState, process: PidFd, qmp: Qmp, patience: Duration) -> Self {
+    pub(crate) fn start(
+        state: MachineState,
+        process: PidFd,
+        words: Option<Words>,
+        qmp: Qmp,
+        patience: Duration,
+    ) -> Self {
         let shared = Arc::new(Shared {
             state,
             process,
+            words,
             patience,
             qmp: Mutex::new(Arc::new(qmp)),
             console: Mutex::new(()),
             kill_asked: AtomicBool::new(false),
             quit_asked: AtomicBool::new(false),
+            pause_asked: AtomicBool::new(false),
+            waits_for_room: watch::Sender::new(false),
             exit: watch::Sender::new(None),
         });
         let watcher = tokio::spawn(watch_until_gone(Arc::clone(&shared)));
@@ -78,7 +101,12 @@ async fn watch_until_gone(shared: Arc<Shared>) {
     let mut shutdown = None;
     while shutdown.is_none() && shared.process.is_alive() {
         match shared.connection().await {
-            Ok(qmp) => shutdown = shared.watch_connection(&qmp).await,
+            Ok(qmp) => {
+                shutdown = tokio::select! {
+                    shutdown = shared.watch_connection(&qmp) => shutdown,
+                    never = shared.mind_room(&qmp) => match never {},
+                }
+            }
             Err(error) => {
                 tracing::warn!(vm = %shared.state.vm, %error, "no control connection");
                 let _ = tokio::time::timeout(RECONNECT, shared.process.wait_exit()).await;
@@ -87,6 +115,9 @@ async fn watch_until_gone(shared: Arc<Shared>) {
     }
     if shared.process.is_alive() {
         shared.see_off(shutdown).await;
+    }
+    if shutdown == Some(Shutdown::GuestReset) && shared.console_tells_of_panic().await {
+        shutdown = Some(Shutdown::GuestPanic);
     }
     let process = shared.process.wait_exit().await;
     let cause = match shutdown {
@@ -98,6 +129,11 @@ async fn watch_until_gone(shared: Arc<Shared>) {
         Some(Shutdown::HostQuit | Shutdown::Host) | None => ExitCause::Died,
     };
     tracing::debug!(vm = %shared.state.vm, %cause, ?process, "QEMU is gone");
+    if let Some(words) = &shared.words
+        && let Err(error) = words.save(&shared.state.log)
+    {
+        tracing::warn!(vm = %shared.state.vm, %error, "cannot keep what QEMU said");
+    }
     shared.state.remove_files();
     shared.exit.send_replace(Some(VmmExit { cause, process }));
 }
@@ -115,11 +151,10 @@ impl Shared {
                 _ = self.process.wait_exit() => return Err(MachineError::Gone),
                 again = Qmp::connect(&self.state.control, self.patience) => again,
             };
-            let again = again.map_err(|source| MachineError::Control {
-                doing: "connect to the VMM again",
-                source,
-            })?;
-            *qmp = Arc::new(again);
+            match again {
+                Ok(again) => *qmp = Arc::new(again),
+                Err(source) => return Err(self.control("connect to the VMM again", source).await),
+            }
         }
         Ok(Arc::clone(&qmp))
     }
@@ -146,6 +181,39 @@ impl Shared {
         }
     }
 
+    /// Lets a guest go on that QEMU halted because a disk found no room on the host (its `werror=enospc`), as soon as
+    /// there is some. A guest that somebody paused meanwhile is left so.
+    async fn mind_room(&self, qmp: &Qmp) -> Infallible {
+        let mut seen = qmp.seen();
+        let mut halts = 0;
+        if qmp.run_state().await.is_ok_and(|state| state == "io-error") {
+            self.waits_for_room.send_replace(true);
+        }
+        loop {
+            if !*self.waits_for_room.borrow() {
+                halts = next_halt(&mut seen, halts).await;
+                tracing::warn!(vm = %self.state.vm, "the guest is halted: the host has no room for what it writes");
+                self.waits_for_room.send_replace(true);
+            }
+            tokio::time::sleep(ROOM_RETRY).await;
+            if self.pause_asked.load(Ordering::Relaxed) {
+                continue;
+            }
+            halts = seen.borrow().halts;
+            if let Err(error) = qmp.execute("cont", Value::Null).await {
+                tracing::debug!(vm = %self.state.vm, %error, "the guest cannot go on yet");
+                continue;
+            }
+            match tokio::time::timeout(ROOM_FOUND, next_halt(&mut seen, halts)).await {
+                Ok(again) => halts = again,
+                Err(_) => {
+                    tracing::info!(vm = %self.state.vm, "there is room again, and the guest goes on");
+                    self.waits_for_room.send_replace(false);
+                }
+            }
+        }
+    }
+
     /// Sees a QEMU off that has ended its guest: last words, quit, and by force if need be.
     async fn see_off(&self, shutdown: Option<Shutdown>) {
         // One that was told to quit is on its way; its console was saved before.
@@ -168,6 +236,14 @@ impl Shared {
         }
     }
 
+    /// Whether the last words of the console are those of a kernel that panicked. It then asks for a reset, as one that
+    /// was told to reboot does.
+    async fn console_tells_of_panic(&self) -> bool {
+        let path = self.state.console.clone();
+        let tail = on_disk(self, move || bounded_log::tail(&path, PANIC_WINDOW)).await;
+        tail.is_ok_and(|said| tells_of_panic(&said))
+    }
+
     async fn execute(
         &self,
         doing: &'static str,
@@ -175,17 +251,27 @@ impl Shared {
         arguments: Value,
     ) -> Result<Value, MachineError> {
         let qmp = self.connection().await?;
-        qmp.execute(command, arguments)
-            .await
-            .map_err(|source| self.control(doing, source))
+        match qmp.execute(command, arguments).await {
+            Ok(answer) => Ok(answer),
+            Err(source) => Err(self.control(doing, source).await),
+        }
     }
 
-    /// An error of the connection, or that the process is gone where that is why.
-    fn control(&self, doing: &'static str, source: ControlError) -> MachineError {
-        if self.process.is_alive() {
-            MachineError::Control { doing, source }
-        } else {
+    /// An error of the connection, or that the process is gone where that is why. A QEMU that leaves closes its sockets
+    /// a moment before.
+    async fn control(&self, doing: &'static str, source: ControlError) -> MachineError {
+        let gone = match &source {
+            ControlError::Connect { .. } | ControlError::Io { .. } | ControlError::Closed => {
+                tokio::time::timeout(LEAVING, self.process.wait_exit())
+                    .await
+                    .is_ok()
+            }
+            _ => !self.process.is_alive(),
+        };
+        if gone {
             MachineError::Gone
+        } else {
+            MachineError::Control { doing, source }
         }
     }
 
@@ -195,7 +281,7 @@ impl Shared {
         match self.connection().await {
             Ok(qmp) => match qmp.execute("quit", Value::Null).await {
                 Ok(_) | Err(ControlError::Closed) => Ok(()),
-                Err(source) => match self.control(doing, source) {
+                Err(source) => match self.control(doing, source).await {
                     MachineError::Gone => Ok(()),
                     error => Err(error),
                 },
@@ -209,15 +295,15 @@ impl Shared {
     async fn save_console(&self) -> Result<(), MachineError> {
         let _turn = self.console.lock().await;
         let qmp = self.connection().await?;
-        let said = qmp
-            .read_ring(CONSOLE_CHARDEV, CONSOLE_RING)
-            .await
-            .map_err(|source| self.control("read the console", source))?;
+        let said = match qmp.read_ring(CONSOLE_CHARDEV, CONSOLE_RING).await {
+            Ok(said) => said,
+            Err(source) => return Err(self.control("read the console", source).await),
+        };
         if said.is_empty() {
             return Ok(());
         }
         let path = self.state.console.clone();
-        on_disk(self, move || console::append(&path, &said)).await
+        on_disk(self, move || bounded_log::append(&path, &said)).await
     }
 
     /// Waits for the watcher to finish, so that nothing of the process is left.
@@ -237,6 +323,24 @@ impl Shared {
             process: None,
         })
     }
+}
+
+/// Waits until a guest was halted more than so many times, and says how many. For ever on a connection that is over.
+async fn next_halt(seen: &mut watch::Receiver<Seen>, known: u64) -> u64 {
+    match seen
+        .wait_for(|seen| seen.halts > known)
+        .await
+        .map(|seen| seen.halts)
+    {
+        Ok(halts) => halts,
+        Err(_) => std::future::pending().await,
+    }
+}
+
+/// Whether a console ends in a panic (kernel, `kernel/panic.c`), which comes last but for a trace.
+fn tells_of_panic(said: &[u8]) -> bool {
+    let words = b"Kernel panic - not syncing";
+    said.windows(words.len()).any(|window| window == words)
 }
 
 /// Reads or writes the console log off the runtime's threads.
@@ -262,10 +366,10 @@ impl Machine for QemuMachine {
 
     async fn status(&self) -> Result<MachineStatus, MachineError> {
         let qmp = self.shared.connection().await?;
-        let state = qmp
-            .run_state()
-            .await
-            .map_err(|source| self.shared.control("ask for the status", source))?;
+        let state = match qmp.run_state().await {
+            Ok(state) => state,
+            Err(source) => return Err(self.shared.control("ask for the status", source).await),
+        };
         status_of(&state).ok_or(MachineError::Control {
             doing: "ask for the status",
             source: ControlError::Malformed { said: state },
@@ -273,6 +377,7 @@ impl Machine for QemuMachine {
     }
 
     async fn pause(&self) -> Result<(), MachineError> {
+        self.shared.pause_asked.store(true, Ordering::Relaxed);
         self.shared
             .execute("pause the VM", "stop", Value::Null)
             .await
@@ -280,6 +385,7 @@ impl Machine for QemuMachine {
     }
 
     async fn resume(&self) -> Result<(), MachineError> {
+        self.shared.pause_asked.store(false, Ordering::Relaxed);
         self.shared
             .execute("resume the VM", "cont", Value::Null)
             .await
@@ -315,14 +421,18 @@ impl Machine for QemuMachine {
         self.shared.exited().await
     }
 
+    fn waits_for_room(&self) -> watch::Receiver<bool> {
+        self.shared.waits_for_room.subscribe()
+    }
+
     async fn resize_disk(&self, serial: &str, size: ByteSize) -> Result<(), MachineError> {
         let doing = "grow a disk";
         let node = disk_node(serial);
         let qmp = self.shared.connection().await?;
-        let now = qmp
-            .block_size(&node)
-            .await
-            .map_err(|source| self.shared.control(doing, source))?;
+        let now = match qmp.block_size(&node).await {
+            Ok(now) => now,
+            Err(source) => return Err(self.shared.control(doing, source).await),
+        };
         let Some(now) = now else {
             return Err(MachineError::NoDisk {
                 serial: serial.to_owned(),
@@ -350,7 +460,7 @@ impl Machine for QemuMachine {
             Err(error) => return Err(error),
         }
         let path = self.shared.state.console.clone();
-        on_disk(&self.shared, move || console::tail(&path, limit)).await
+        on_disk(&self.shared, move || bounded_log::tail(&path, limit)).await
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
@@ -373,6 +483,13 @@ fn status_of(run_state: &str) -> Option<MachineStatus> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_told_from_a_reboot() {
+        let panic = b"[    5.1] Kernel panic - not syncing: sysrq triggered crash\r\n[    5.2] CPU: 0 PID: 1";
+        assert!(tells_of_panic(panic));
+        assert!(!tells_of_panic(b"[    5.1] reboot: Restarting system\r\n"));
+    }
 
     #[test]
     fn run_states_are_read() {

@@ -17,14 +17,13 @@
 //! quit. A guest that ends while no daemon runs waits for the next one, which then also learns why it ended.
 
 mod args;
-mod console;
 mod driver;
 mod machine;
 mod opts;
 mod probe;
 mod qmp;
 
-pub use args::{CPU_KVM, CPU_TCG, command_line};
+pub use args::{CPU_KVM, CPU_TCG, TCG_CACHE, command_line};
 pub use driver::{QemuConfig, QemuDriver};
-pub use opts::{CommandLine, Opts, OptsError};
+pub use opts::{CommandLine, Opts, OptsError, read_opts};
 pub use probe::QemuFacts;

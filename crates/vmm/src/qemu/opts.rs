@@ -135,12 +135,52 @@ impl CommandLine {
     }
 }
 
+/// Reads a list back, as QEMU does: a value ends at a comma that is not doubled, and the first word may stand without
+/// a key. A later word without a key is a switch, and gets the value `on`. For the fake VMM and for tests.
+pub fn read_opts(text: &OsStr) -> Vec<(Option<String>, OsString)> {
+    let mut out = Vec::new();
+    let mut rest = text.as_bytes();
+    while !rest.is_empty() {
+        let end = rest
+            .iter()
+            .position(|b| matches!(b, b'=' | b','))
+            .unwrap_or(rest.len());
+        let has_value = rest.get(end) == Some(&b'=');
+        if !has_value && !out.is_empty() {
+            out.push((
+                Some(String::from_utf8_lossy(&rest[..end]).into_owned()),
+                "on".into(),
+            ));
+            rest = rest.get(end + 1..).unwrap_or_default();
+            continue;
+        }
+        let key = has_value.then(|| String::from_utf8_lossy(&rest[..end]).into_owned());
+        if has_value {
+            rest = &rest[end + 1..];
+        }
+        let mut value = Vec::new();
+        let mut at = 0;
+        while at < rest.len() {
+            if rest[at] == b',' {
+                if rest.get(at + 1) != Some(&b',') {
+                    break;
+                }
+                at += 1;
+            }
+            value.push(rest[at]);
+            at += 1;
+        }
+        rest = rest.get(at + 1..).unwrap_or_default();
+        out.push((key, OsString::from_vec(value)));
+    }
+    out
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::fake::read_opts;
 
     proptest! {
         #[test]
@@ -168,6 +208,32 @@ mod tests {
             line.value("append", bad);
             assert_eq!(line.encode().unwrap_err().option, "append");
         }
+    }
+
+    #[test]
+    fn options_are_split_as_qemu_does() {
+        let check = |text: &str, expected: &[(Option<&str>, &str)]| {
+            let expected: Vec<_> = expected
+                .iter()
+                .map(|(key, value)| (key.map(str::to_owned), OsString::from(value)))
+                .collect();
+            assert_eq!(read_opts(OsStr::new(text)), expected, "{text}");
+        };
+        check("", &[]);
+        check("tap", &[(None, "tap")]);
+        check(
+            "socket,id=a,server=on",
+            &[(None, "socket"), (Some("id"), "a"), (Some("server"), "on")],
+        );
+        check(
+            "socket,server,id=a",
+            &[(None, "socket"), (Some("server"), "on"), (Some("id"), "a")],
+        );
+        check(
+            "path=/a,,b=c,,,x=1",
+            &[(Some("path"), "/a,b=c,"), (Some("x"), "1")],
+        );
+        check("romfile=,mac=2", &[(Some("romfile"), ""), (Some("mac"), "2")]);
     }
 
     #[test]

@@ -52,6 +52,8 @@ pub(crate) struct Qmp {
 pub(crate) struct Seen {
     /// The first `SHUTDOWN`.
     pub(crate) shutdown: Option<Shutdown>,
+    /// How often the guest was made to stand still because a disk could not be written (`BLOCK_IO_ERROR`).
+    pub(crate) halts: u64,
     /// The connection is over.
     pub(crate) closed: bool,
 }
@@ -290,6 +292,11 @@ async fn read_all(mut reader: BufReader<OwnedReadHalf>, waiting: Arc<Waiting>, s
                 seen.shutdown.get_or_insert(shutdown);
             });
         }
+        if message.event.as_deref() == Some("BLOCK_IO_ERROR")
+            && message.data.get("action").and_then(Value::as_str) == Some("stop")
+        {
+            seen.send_modify(|seen| seen.halts += 1);
+        }
         let sender = message
             .id
             .and_then(|id| waiting.with(|waiting| waiting.as_mut()?.remove(&id)));
@@ -407,6 +414,24 @@ mod tests {
         let mut seen = qmp.as_ref().unwrap().seen();
         let seen = seen.wait_for(|seen| seen.closed).await.unwrap().clone();
         assert_eq!(seen.shutdown, Some(Shutdown::GuestReset));
+    }
+
+    #[tokio::test]
+    async fn only_errors_that_halt_the_guest_count() {
+        let (qmp, _folder) = with_server(|mut stream| async move {
+            for action in ["report", "stop", "ignore", "stop"] {
+                let data = format!(r#"{{"operation": "write", "action": "{action}", "nospace": true}}"#);
+                answer(
+                    &mut stream,
+                    &format!(r#"{{"event": "BLOCK_IO_ERROR", "data": {data}}}"#),
+                )
+                .await;
+            }
+        })
+        .await;
+        let mut seen = qmp.as_ref().unwrap().seen();
+        let seen = seen.wait_for(|seen| seen.closed).await.unwrap().clone();
+        assert_eq!(seen.halts, 2);
     }
 
     #[tokio::test]

@@ -22,13 +22,12 @@
 //! Two programs are in the field, [`VirtiofsdFlavour`]; what they are told is in [`arguments`].
 
 mod args;
-mod log;
 mod probe;
 mod server;
 
 pub use args::{ArgumentsError, SOCKET_FD, arguments};
 pub use probe::{DEFAULT_PROGRAMS, VirtiofsdFacts, VirtiofsdFlavour};
 pub use server::{
-    KillError, ShareCache, ShareConfig, ShareError, ShareExit, ShareServer, ShareState, Virtiofsd,
-    VirtiofsdConfig,
+    KillError, MAX_OPEN_FILES, ShareCache, ShareConfig, ShareError, ShareExit, ShareServer, ShareState,
+    Virtiofsd, VirtiofsdConfig,
 };

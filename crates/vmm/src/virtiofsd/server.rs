@@ -27,16 +27,16 @@ use tokio::sync::{OnceCell, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::args::{ArgumentsError, SOCKET_FD, arguments};
-use super::log::Words;
 use super::probe::{VirtiofsdFacts, probe};
 use crate::driver::ProbeError;
+use crate::words::Words;
 
 /// How long a virtiofsd may take to leave when asked: it has nothing to flush.
 const TERM_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a killed process may take to go: it may wait for a disk or a network file system.
 const KILL_PATIENCE: Duration = Duration::from_secs(30);
 /// The most files that one virtiofsd keeps open. It has one open for every file that the guest's kernel remembers.
-const MAX_OPEN_FILES: u64 = 1 << 18;
+pub const MAX_OPEN_FILES: u64 = 1 << 18;
 /// So many shares together may open at most what the host can (`fs.file-max`).
 const SHARES_PER_HOST: u64 = 64;
 
@@ -69,8 +69,10 @@ pub struct ShareConfig {
     pub socket: PathBuf,
     /// The user and group that may connect: the VMM's.
     pub socket_owner: (u32, u32),
-    /// Where its words are kept when it has ended.
+    /// The log that gets its words when it has ended; several shares may have one log.
     pub log: PathBuf,
+    /// The folders of the control group that it is in, as in [`crate::plan::LaunchPlan`].
+    pub cgroups: Vec<PathBuf>,
 }
 
 /// What a guest may remember of a share without asking again.
@@ -95,7 +97,7 @@ pub struct ShareState {
     pub process: ProcessIdentity,
     /// Where the VMM connects.
     pub socket: PathBuf,
-    /// Where its words are kept when it has ended.
+    /// The log that gets its words when it has ended; several shares may have one log.
     pub log: PathBuf,
 }
 
@@ -104,7 +106,7 @@ impl ShareState {
     const MAX_FILE: u64 = 64 << 10;
 
     /// The file beside the socket that holds the state from the moment the process exists until it is gone.
-    fn file(socket: &Path) -> PathBuf {
+    pub fn file(socket: &Path) -> PathBuf {
         let mut name = socket.as_os_str().to_owned();
         name.push(".json");
         name.into()
@@ -297,7 +299,7 @@ impl Virtiofsd {
         }
         let args = arguments(&source, share.read_only, share.cache, &facts)
             .map_err(|source| ShareError::Arguments { source })?;
-        let words = Words::new();
+        let words = Words::new("virtiofsd-words");
         let output = words.and_then(|words| Ok((words.writer()?, words)));
         let (output, words) = output.map_err(|source| ShareError::Prepare {
             path: share.log.clone(),
@@ -315,6 +317,7 @@ impl Virtiofsd {
                 groups: Vec::new(),
             }),
             output: Some(output),
+            cgroups: share.cgroups.clone(),
             bound_folder: Some(BoundFolder {
                 path: source.clone(),
                 read_only: share.read_only,
@@ -504,7 +507,12 @@ impl ShareServer {
 async fn watch_until_gone(shared: Arc<Shared>) {
     let process = shared.process.wait_exit().await;
     remove_files(&shared.state.socket);
-    let said = shared.words.as_ref().map(Words::said).unwrap_or_default();
+    let said = shared
+        .words
+        .as_ref()
+        .map(Words::said)
+        .unwrap_or_default()
+        .join("; ");
     if let Some(words) = &shared.words
         && let Err(error) = words.save(&shared.state.log)
     {

@@ -1,10 +1,10 @@
-//! The fake VMM as a program: see `offshoot_vmm::fake`. It is started with QEMU's arguments by QEMU's driver.
+//! The fake VMM as a program: see `offshoot_fake_vmm`. It is started with QEMU's arguments by QEMU's driver.
 
 use std::ffi::OsString;
 use std::io::Write;
 use std::process::ExitCode;
 
-use offshoot_vmm::fake::{Arguments, Behaviour, answer_to_question, serve};
+use offshoot_fake_vmm::{Arguments, Behaviour, answer_to_question, run};
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
@@ -32,7 +32,7 @@ fn main() -> ExitCode {
             arguments.kernel.display()
         ));
     }
-    match serve(arguments, behaviour) {
+    match run(arguments, &behaviour) {
         Ok(status) => u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from),
         Err(error) => complain(&error.to_string()),
     }

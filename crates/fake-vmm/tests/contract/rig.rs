@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
+use offshoot_fake_vmm::Behaviour;
 use offshoot_model::{ByteSize, VmId};
-use offshoot_vmm::fake::Behaviour;
 use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, VmmIdentity};
 use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
 use offshoot_vmm::{Driver, Machine};
@@ -105,6 +105,7 @@ impl Rig {
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity,
+            cgroups: Vec::new(),
         };
         Some(Self {
             driver: QemuDriver::new(config),

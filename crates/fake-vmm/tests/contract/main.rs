@@ -1,9 +1,11 @@
 //! What every VMM must do, asked of real QEMU (without KVM, with guests of a few bytes) and of the fake.
 
 mod devices;
+mod fake_guest;
 mod guest;
 mod rig;
 mod shares;
+mod words;
 
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;

@@ -1,12 +1,12 @@
-//! The console log: the end of what a guest's console said, never more than [`MAX_LOG`] on disk.
+//! Logs of what a guest or its VMM said: the end of it, never more than [`MAX_LOG`] on disk.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
-/// A few dozen verbose boots. A guest that talks on only moves the window.
-pub(crate) const MAX_LOG: u64 = 1 << 20;
+/// A few dozen verbose boots. Whoever talks on only moves the window.
+const MAX_LOG: u64 = 1 << 20;
 
 fn open(path: &Path) -> io::Result<File> {
     OpenOptions::new()

@@ -71,6 +71,7 @@ impl Place {
             socket: self.folder.path().join("share.sock"),
             socket_owner: (NOBODY, NOBODY),
             log: self.folder.path().join("share.log"),
+            cgroups: Vec::new(),
         }
     }
 }
