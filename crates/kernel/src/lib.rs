@@ -36,5 +36,5 @@ pub use distro::{DistroError, DistroOptions};
 pub use initramfs::InitramfsError;
 pub use manifest::{BuiltinKnowledge, FORMAT, FileInfo, KernelFeatures, KernelManifest, KernelSource};
 pub use modules::{ModuleError, ModuleGroup};
-pub use store::{KernelBundle, KernelError, KernelStore};
+pub use store::{FoundBundle, KernelBundle, KernelError, KernelStore};
 pub use vmlinux::VmlinuxError;

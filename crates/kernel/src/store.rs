@@ -184,6 +184,15 @@ pub struct KernelBundle {
     pub manifest: KernelManifest,
 }
 
+/// What takes the place of a bundle.
+#[derive(Debug)]
+pub struct FoundBundle {
+    /// The id that its folder has.
+    pub id: KernelId,
+    /// The bundle, or why it cannot be used.
+    pub bundle: Result<KernelBundle, KernelError>,
+}
+
 impl KernelBundle {
     /// The kernel, an ELF file.
     pub fn vmlinux(&self) -> PathBuf {
@@ -221,17 +230,10 @@ impl KernelStore {
 
     /// Every usable bundle, the newest first. A damaged one is left out with a warning in the log.
     pub fn list(&self) -> Result<Vec<KernelBundle>, KernelError> {
-        let failed = failed("read", &self.kernels);
         let mut bundles = Vec::new();
-        for entry in std::fs::read_dir(&self.kernels).map_err(&failed)? {
-            let name = entry.map_err(&failed)?.file_name();
-            let Some(id) = name.to_str().and_then(|name| name.parse::<KernelId>().ok()) else {
-                continue;
-            };
-            match self.get(&id) {
+        for FoundBundle { id, bundle } in self.all()? {
+            match bundle {
                 Ok(bundle) => bundles.push(bundle),
-                // Removed since the folder was read.
-                Err(KernelError::NotFound { .. }) => {}
                 Err(error) => {
                     tracing::warn!(%id, error = &error as &dyn std::error::Error, "unusable kernel bundle");
                 }
@@ -244,6 +246,30 @@ impl KernelStore {
                 .then_with(|| a.id.cmp(&b.id))
         });
         Ok(bundles)
+    }
+
+    /// Everything that takes the place of a bundle, in no order, and of what is unusable why.
+    pub fn all(&self) -> Result<Vec<FoundBundle>, KernelError> {
+        let failed = failed("read", &self.kernels);
+        let mut bundles = Vec::new();
+        for entry in std::fs::read_dir(&self.kernels).map_err(&failed)? {
+            let name = entry.map_err(&failed)?.file_name();
+            let Some(id) = name.to_str().and_then(|name| name.parse::<KernelId>().ok()) else {
+                continue;
+            };
+            match self.get(&id) {
+                // Removed since the folder was read.
+                Err(KernelError::NotFound { .. }) => {}
+                bundle => bundles.push(FoundBundle { id, bundle }),
+            }
+        }
+        Ok(bundles)
+    }
+
+    /// Whether `bundle` has the agent at `agent`, byte for byte. Reads that file, and blocks for as long.
+    pub fn has_agent(bundle: &KernelBundle, agent: &Path) -> Result<bool, KernelError> {
+        let agent = Agent::read(agent).map_err(|source| KernelError::Build { source })?;
+        Ok(bundle.manifest.agent == agent.info)
     }
 
     /// The bundle `id`. Looks at the files' sizes, not at their content.
@@ -626,6 +652,27 @@ mod tests {
         fn left_in_tmp(&self) -> usize {
             std::fs::read_dir(self.path("data/tmp")).unwrap().count()
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_unusable_is_told_apart() {
+        let fixture = Fixture::new();
+        let good = fixture.add("vmlinuz", "agent").await.unwrap();
+        assert!(KernelStore::has_agent(&good, &fixture.path("agent")).unwrap());
+        assert!(!KernelStore::has_agent(&good, &fixture.path("agent2")).unwrap());
+        assert!(KernelStore::has_agent(&good, &fixture.path("none")).is_err());
+        let bad = fixture
+            .store
+            .refresh(&good.id, &fixture.path("agent2"))
+            .await
+            .unwrap();
+        std::fs::remove_file(bad.vmlinux()).unwrap();
+        let all = fixture.store.all().unwrap();
+        assert_eq!(all.len(), 2);
+        for FoundBundle { id, bundle } in all {
+            assert_eq!(bundle.is_ok(), id == good.id, "{bundle:?}");
+        }
+        assert_eq!(fixture.store.list().unwrap(), [good]);
     }
 
     #[tokio::test]

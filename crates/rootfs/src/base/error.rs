@@ -47,6 +47,12 @@ pub enum BaseError {
         /// What is wrong.
         what: &'static str,
     },
+    /// Another version of Offshoot made it.
+    #[error("the base in {} has the format of another version", dir.display())]
+    Format {
+        /// Its folder.
+        dir: PathBuf,
+    },
     /// The operating system refused.
     #[error("cannot {action} {}", path.display())]
     Io {
@@ -75,13 +81,14 @@ impl Explain for BaseError {
         match self {
             Self::NotFound { .. } => ErrorKind::NotFound,
             Self::Damaged { .. } => ErrorKind::BadContent,
+            Self::Format { .. } => ErrorKind::NotPossible,
             Self::Io { source, .. } => io_kind(source),
         }
     }
 
     fn hints(&self) -> Vec<String> {
         match self {
-            Self::NotFound { .. } | Self::Damaged { .. } => {
+            Self::NotFound { .. } | Self::Damaged { .. } | Self::Format { .. } => {
                 vec!["prepare it again: `offshoot image prepare`".into()]
             }
             Self::Io { source, .. } => io_hints(source),

@@ -119,11 +119,18 @@ impl BaseManifest {
         if text.len() as u64 > LIMIT {
             return Err(damaged("its base.json is too large"));
         }
-        let manifest: Self =
-            serde_json::from_slice(&text).map_err(|_| damaged("its base.json does not parse"))?;
-        if manifest.format != FORMAT || manifest.variant != VARIANT {
-            return Err(damaged("it has another format"));
+        // The version first: another version may have other fields.
+        #[derive(Deserialize)]
+        struct Version {
+            format: u32,
+            variant: String,
         }
+        let unparsable = |_| damaged("its base.json does not parse");
+        let version: Version = serde_json::from_slice(&text).map_err(unparsable)?;
+        if version.format != FORMAT || version.variant != VARIANT {
+            return Err(BaseError::Format { dir: dir.to_owned() });
+        }
+        let manifest: Self = serde_json::from_slice(&text).map_err(unparsable)?;
         if base_id(&manifest.image) != *id {
             return Err(damaged("it is the base of another image"));
         }
@@ -160,5 +167,30 @@ mod tests {
         // Changes only with the variant: VMs name their base by it.
         assert_eq!(base_id(&a).as_str(), "96e425b7c8662c6f0cb1282616452fc2");
         assert_ne!(root_uuid(&a), root_uuid(&b));
+    }
+
+    #[test]
+    fn what_another_version_made_is_told_from_damage() {
+        let dir = tempfile::tempdir().unwrap();
+        let id = base_id(&Digest::from_bytes([1; 32]));
+        let read = |text: &str| {
+            std::fs::write(dir.path().join(MANIFEST), text).unwrap();
+            BaseManifest::read(dir.path(), &id).unwrap_err()
+        };
+        // Its other fields may be unknown to us.
+        for (format, variant) in [(FORMAT + 1, VARIANT), (FORMAT, "root.erofs=9")] {
+            let error = read(&format!(
+                r#"{{"format": {format}, "variant": "{variant}", "new": []}}"#
+            ));
+            assert!(matches!(error, BaseError::Format { .. }), "{error:?}");
+        }
+        for text in [
+            "{",
+            "{}",
+            format!(r#"{{"format": {FORMAT}, "variant": "{VARIANT}"}}"#).as_str(),
+        ] {
+            let error = read(text);
+            assert!(matches!(error, BaseError::Damaged { .. }), "{text}: {error:?}");
+        }
     }
 }

@@ -228,6 +228,11 @@ impl BaseStore {
             .unwrap_or(Err(PrepareError::Stopped { image: image.digest }))
     }
 
+    /// The folder that all bases lie in.
+    pub fn dir(&self) -> &Path {
+        &self.shared.bases
+    }
+
     /// Where the files of this base would lie. Looks at nothing.
     pub fn locate(&self, id: &BaseId) -> BasePaths {
         BasePaths {

@@ -311,7 +311,10 @@ async fn a_disk_is_never_filled() {
     // A program that another test starts just now holds our files open until it is executed.
     let began = std::time::Instant::now();
     while offshoot_sys::space::available(disk.path()).unwrap() != before {
-        assert!(began.elapsed().as_secs() < 20, "what was written is not given back");
+        assert!(
+            began.elapsed().as_secs() < 20,
+            "what was written is not given back"
+        );
         tokio::time::sleep(std::time::Duration::from_millis(5)).await;
     }
     // A guard of one's own is heeded.
