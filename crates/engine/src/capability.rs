@@ -9,11 +9,12 @@
 //! reset:  reset reset reset …
 //! rm:     clean_up … clean_up clean_up            (backwards)
 //! daemon restart with a running VM:  adopt adopt adopt …
+//! every minute:  leftovers, remove_leftover     (backwards)
 //! ```
 
 use async_trait::async_trait;
 use offshoot_agent_proto::v1;
-use offshoot_model::{Explain, Finding};
+use offshoot_model::{Explain, Finding, KernelObject, VmId};
 use offshoot_vmm::LaunchPlan;
 
 use crate::definition::VmRecord;
@@ -23,6 +24,9 @@ use crate::run::Run;
 /// A capability's own error, boxed: the engine adds only which stage it was.
 pub type CapabilityError = Box<dyn Explain + Send + Sync>;
 
+/// Whether there is a VM of this id.
+pub type Known<'a> = &'a (dyn Fn(&VmId) -> bool + Send + Sync);
+
 /// Everything that is decided before a start does anything: what the VMM is told, and what the guest is told.
 #[derive(Clone, Debug)]
 pub struct VmPlan {
@@ -30,6 +34,8 @@ pub struct VmPlan {
     pub launch: LaunchPlan,
     /// What makes the booted guest this VM. The agent's capability adds the time and the entropy.
     pub guest: v1::ConfigureRequest,
+    /// What the VM gets in the host's kernel. It is written to the database before the first `prepare`.
+    pub objects: Vec<KernelObject>,
 }
 
 /// One concern of a VM's life. A hook that a concern has no use for is left out.
@@ -82,6 +88,17 @@ pub trait Capability: Send + Sync {
 
     /// Removes what outlives a run. Called once, at `rm`, when nothing of the VM runs.
     async fn clean_up(&self, _vm: &VmRecord, _paths: &VmPaths) -> Result<(), CapabilityError> {
+        Ok(())
+    }
+
+    /// What lies about of this concern and belongs to no VM that `known` knows. Changes nothing. Asked at the start of the
+    /// daemon, every minute and by `doctor`; must not look at what other daemons made.
+    async fn leftovers(&self, _known: Known<'_>) -> Vec<KernelObject> {
+        Vec::new()
+    }
+
+    /// Removes one of the `leftovers`; it is no error if it is gone.
+    async fn remove_leftover(&self, _object: &KernelObject) -> Result<(), CapabilityError> {
         Ok(())
     }
 }

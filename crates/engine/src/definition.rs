@@ -79,6 +79,10 @@ pub struct Life {
     pub exit: Option<ExitStatus>,
     /// Why the last start failed, outermost first.
     pub failure: Vec<String>,
+    /// Somebody stopped it, and nobody started it since.
+    pub held: bool,
+    /// Somebody removed it: whatever comes between, it is brought to that end.
+    pub removing: bool,
     /// What of the running VM does not work any more. Not stored: whoever takes a VM over finds it out.
     pub degraded: Vec<String>,
 }
@@ -93,6 +97,8 @@ impl Life {
             finished_ms: None,
             exit: None,
             failure: Vec::new(),
+            held: false,
+            removing: false,
             degraded: Vec::new(),
         }
     }
@@ -106,6 +112,8 @@ impl Life {
             finished_ms: self.finished_ms,
             exit: self.exit,
             failure: self.failure.clone(),
+            held: self.held,
+            removing: self.removing,
         }
     }
 }
@@ -126,6 +134,8 @@ impl VmRecord {
             finished_ms,
             exit,
             failure,
+            held,
+            removing,
         } = self.life.to_update();
         VmRow {
             id: self.id.clone(),
@@ -142,6 +152,8 @@ impl VmRecord {
             finished_ms,
             exit,
             failure,
+            held,
+            removing,
         }
     }
 
@@ -169,6 +181,8 @@ impl VmRecord {
                 finished_ms: row.finished_ms,
                 exit: row.exit,
                 failure: row.failure,
+                held: row.held,
+                removing: row.removing,
                 degraded: Vec::new(),
             },
         })

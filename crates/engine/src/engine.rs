@@ -3,18 +3,23 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock};
 
-use offshoot_model::{BaseId, ConfigError, Digest, Finding, ImageConfig, KernelId, VmConfig, VmId, VmName};
-use offshoot_store::db::{Db, DbError};
+use offshoot_model::{
+    BaseId, ConfigError, Digest, EventAction, Finding, ImageConfig, KernelId, VmConfig, VmId, VmName,
+};
+use offshoot_store::db::{Db, DbError, NewEvent};
 
 use crate::capability::Capability;
 use crate::definition::{Choice, Life, VmDefinition, VmRecord};
 use crate::error::VmError;
+use crate::events::EventLog;
+use crate::operation::{self, Stages};
 use crate::output::OutputLog;
-use crate::owner::{Owner, VmHandle, now_ms, remove_tree};
+use crate::owner::{Owner, VmHandle, now_ms};
 use crate::paths::VmPaths;
+use crate::preflight::Preflight;
 
 /// The numbers and folders an engine works with.
 #[derive(Clone, Debug)]
@@ -48,6 +53,15 @@ impl Parts {
     }
 }
 
+/// What all owners share.
+pub(crate) struct Core {
+    pub(crate) parts: Parts,
+    pub(crate) events: EventLog,
+    pub(crate) preflight: Preflight,
+    /// Turns to look for what an earlier run left.
+    pub(crate) looking: tokio::sync::Semaphore,
+}
+
 /// A VM to create, with everything decided that needs images, kernels and hosts to decide.
 #[derive(Clone, Debug)]
 pub struct CreateRequest {
@@ -66,6 +80,10 @@ pub struct CreateRequest {
     /// Which root back end.
     pub root: Choice,
 }
+
+/// How many VMs are looked for at once after a start. Each takes a few milliseconds of processor, and clients have their
+/// turn between them: with a thousand at once the first answer came when the last was found.
+const LOOKS_AT_ONCE: usize = 8;
 
 /// The handles of all VMs.
 #[derive(Default)]
@@ -92,19 +110,25 @@ impl Registry {
 /// All VMs of one daemon. Cheap to clone.
 #[derive(Clone)]
 pub struct Engine {
-    parts: Arc<Parts>,
+    core: Arc<Core>,
     registry: Arc<Registry>,
     /// Choosing a free user id and writing the row that takes it must not be interleaved.
     creating: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl Engine {
-    /// Reads all VMs from the database, sweeps what belongs to none, and looks for those that run.
+    /// Reads all VMs from the database, removes what belongs to none, and looks for those that run.
     /// Returns before they are all found: each is looked for by its own task.
     pub async fn start(parts: Parts) -> Result<Self, EngineStartError> {
-        let parts = Arc::new(parts);
         make_folders(&parts.config)?;
-        let records = parts
+        let core = Arc::new(Core {
+            events: EventLog::new(parts.db.clone()),
+            preflight: Preflight::new(parts.capabilities.clone()),
+            looking: tokio::sync::Semaphore::new(LOOKS_AT_ONCE),
+            parts,
+        });
+        let records = core
+            .parts
             .db
             .call(|db| {
                 db.vms()?
@@ -113,20 +137,23 @@ impl Engine {
                     .collect::<Result<Vec<_>, _>>()
             })
             .await?;
-        sweep(&parts.config, &records)?;
         let registry = Arc::new(Registry::default());
         for record in records {
             let id = record.id.clone();
-            let path = parts.paths(&id).output();
+            let path = core.parts.paths(&id).output();
             let output = OutputLog::open(&path).map_err(|source| EngineStartError::Io { path, source })?;
-            let handle = Owner::spawn(Arc::clone(&parts), Arc::clone(&registry), record, output, true);
+            let handle = Owner::spawn(Arc::clone(&core), Arc::clone(&registry), record, output, true);
             registry.add(id, handle);
         }
-        Ok(Self {
-            parts,
+        let engine = Self {
+            core,
             registry,
             creating: Arc::default(),
-        })
+        };
+        for line in engine.remove_leftovers().await {
+            tracing::info!("{line}");
+        }
+        Ok(engine)
     }
 
     /// Creates a VM: checks the request, chooses name and user id, writes the row. Nothing runs yet, no file exists.
@@ -143,16 +170,16 @@ impl Engine {
             )
         };
         let stop_signal = stop_signal(&request.image_config.stop_signal)?;
+        let mut stages = Stages::begin("create");
         let id = VmId::from_bytes(&random::<8>()?);
         let creating = self.creating.lock().await;
         let name = match &request.config.name {
             Some(name) => name.clone(),
             None => self.free_name()?,
         };
-        let (base, count) = (self.parts.config.uid_base, self.parts.config.uid_count);
+        let (base, count) = (self.core.parts.config.uid_base, self.core.parts.config.uid_count);
         let uid = self
-            .parts
-            .db
+            .db()
             .call(move |db| db.free_uid(base, count))
             .await?
             .ok_or(VmError::NoUid { count })?;
@@ -173,19 +200,31 @@ impl Engine {
             created_ms: now_ms(),
             life: Life::new(),
         };
-        let row = record.to_row();
-        self.parts.db.call(move |db| db.insert_vm(&row)).await?;
-        drop(creating);
-        let path = self.parts.paths(&id).output();
+        // The last thing that can fail: from here on there is such a VM.
+        let path = self.core.parts.paths(&id).output();
         let output = OutputLog::open(&path).map_err(|source| VmError::Db(unreadable(source)))?;
+        let (row, db) = (record.to_row(), self.db().clone());
+        let event = NewEvent {
+            time_ms: record.created_ms,
+            action: EventAction::Create,
+            vm_id: Some(id.clone()),
+            vm_name: Some(record.name.clone()),
+            operation: operation::current(),
+            reason: record.definition.config.image.clone(),
+        };
+        let events = stages
+            .stage("row", db.call(move |db| db.insert_vm(&row, &[event])))
+            .await?;
         let handle = Owner::spawn(
-            Arc::clone(&self.parts),
+            Arc::clone(&self.core),
             Arc::clone(&self.registry),
             record,
             output,
             false,
         );
         self.registry.add(id, handle.clone());
+        drop(creating);
+        self.core.events.announce(&events);
         Ok(handle)
     }
 
@@ -230,18 +269,43 @@ impl Engine {
         list
     }
 
+    /// Every VM as it is now, newest first.
+    pub fn records(&self) -> Vec<Arc<VmRecord>> {
+        let handles = self
+            .registry
+            .handles
+            .read()
+            .unwrap_or_else(PoisonError::into_inner);
+        let views = handles.values().map(|handle| Arc::clone(&handle.view.borrow()));
+        let mut records: Vec<_> = views.collect();
+        drop(handles);
+        records.sort_by_key(|vm| std::cmp::Reverse(vm.created_ms));
+        records
+    }
+
     /// Every finding of every capability.
     pub async fn check(&self) -> Vec<Finding> {
-        let mut findings = Vec::new();
-        for capability in &self.parts.capabilities {
-            findings.extend(capability.check().await);
-        }
-        findings
+        self.core.preflight.look().await
     }
 
     /// The database.
     pub fn db(&self) -> &Db {
-        &self.parts.db
+        &self.core.parts.db
+    }
+
+    /// What happened.
+    pub fn events(&self) -> &EventLog {
+        &self.core.events
+    }
+
+    pub(crate) fn parts(&self) -> &Parts {
+        &self.core.parts
+    }
+
+    /// The VM with this id.
+    pub fn find_id(&self, id: &VmId) -> Option<VmHandle> {
+        let handles = self.registry.handles.read();
+        handles.unwrap_or_else(PoisonError::into_inner).get(id).cloned()
     }
 
     fn free_name(&self) -> Result<VmName, VmError> {
@@ -297,30 +361,6 @@ fn make_folders(config: &EngineConfig) -> Result<(), EngineStartError> {
         made.map_err(|source| EngineStartError::Io { path, source })?;
     }
     Ok(())
-}
-
-/// Deletes the folders of VMs that no row speaks of: what a crash left between a deleted row and its files.
-fn sweep(config: &EngineConfig, records: &[VmRecord]) -> Result<(), EngineStartError> {
-    for parent in [config.data_dir.join("vms"), config.run_dir.join("vms")] {
-        for name in names_in(&parent).map_err(|source| EngineStartError::Io {
-            path: parent.clone(),
-            source,
-        })? {
-            if records.iter().any(|record| record.id.as_str() == name) {
-                continue;
-            }
-            let path = parent.join(&name);
-            tracing::info!(path = %path.display(), "sweeping the files of a VM that is gone");
-            remove_tree(&path).map_err(|source| EngineStartError::Io { path, source })?;
-        }
-    }
-    Ok(())
-}
-
-fn names_in(path: &Path) -> io::Result<Vec<String>> {
-    std::fs::read_dir(path)?
-        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
-        .collect()
 }
 
 /// The Linux number of an image's `StopSignal` (`SIGQUIT`, `QUIT` or `3`); SIGTERM where it names none.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use offshoot_model::{ConfigError, ErrorKind, Explain, VmName};
+use offshoot_model::{ConfigError, ErrorKind, Explain, Finding, VmName};
 use offshoot_store::db::DbError;
 
 use crate::capability::CapabilityError;
@@ -88,6 +88,16 @@ pub enum VmError {
         /// The capability's own error.
         #[source]
         source: StageFailure,
+        /// What the capability's check of the host finds amiss.
+        findings: Vec<Finding>,
+    },
+    /// This host cannot run it now; nothing was begun.
+    #[error("cannot start VM `{name}`: {}", findings.iter().map(|f| f.message.as_str()).collect::<Vec<_>>().join("; "))]
+    Unfit {
+        /// The VM.
+        name: VmName,
+        /// Why, at least one.
+        findings: Vec<Finding>,
     },
     /// The operation was cut short by another request; what was done was undone.
     #[error("cannot {operation} VM `{name}`: it was cancelled")]
@@ -133,7 +143,7 @@ impl Explain for VmError {
             Self::NotFound { .. } | Self::Removed { .. } => ErrorKind::NotFound,
             Self::Ambiguous { .. } | Self::Config(_) => ErrorKind::InvalidRequest,
             Self::WrongState { .. } | Self::NoAgent { .. } => ErrorKind::WrongState,
-            Self::NotPossible { .. } | Self::NoUid { .. } => ErrorKind::NotPossible,
+            Self::NotPossible { .. } | Self::NoUid { .. } | Self::Unfit { .. } => ErrorKind::NotPossible,
             Self::Stage { source, .. } | Self::Machine { source, .. } => source.0.kind(),
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::Db(error) => error.kind(),
@@ -160,7 +170,21 @@ impl Explain for VmError {
             Self::NoUid { .. } => {
                 vec!["remove VMs with `offshoot rm`, or raise `uid_count` in the daemon's config".into()]
             }
-            Self::Stage { source, .. } | Self::Machine { source, .. } => source.0.hints(),
+            Self::Stage { source, findings, .. } => {
+                let mut hints = source.0.hints();
+                for finding in findings {
+                    let said = format!("`offshoot doctor` finds: {}", finding.message);
+                    hints.push(join_hint(&said, &finding.hint));
+                }
+                hints
+            }
+            Self::Unfit { findings, .. } => {
+                let mend = findings.iter().map(|finding| finding.hint.clone());
+                let mut hints: Vec<_> = mend.filter(|hint| !hint.is_empty()).collect();
+                hints.push("see all of it with `offshoot doctor`".into());
+                hints
+            }
+            Self::Machine { source, .. } => source.0.hints(),
             Self::NoAgent { name, .. } => {
                 vec![format!(
                     "see what its guest said with `offshoot logs --console {name}`"
@@ -169,5 +193,14 @@ impl Explain for VmError {
             Self::Db(error) => error.hints(),
             Self::Cancelled { .. } | Self::Removed { .. } | Self::Random(_) => Vec::new(),
         }
+    }
+}
+
+/// What was found and what mends it, in one line.
+fn join_hint(found: &str, mend: &str) -> String {
+    if mend.is_empty() {
+        found.to_owned()
+    } else {
+        format!("{found}; {mend}")
     }
 }

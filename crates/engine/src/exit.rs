@@ -2,12 +2,23 @@
 
 use offshoot_model::{ExitReason, ExitStatus};
 
-/// How a run ended, out of what is known. `vmm_gone`: the VMM went by itself; whether the guest powered off orderly.
+/// How a VMM that nobody ended came to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gone {
+    /// The guest switched itself off or asked for a reset.
+    PoweredOff,
+    /// The guest's kernel panicked.
+    Panicked,
+    /// It crashed, or somebody else killed it.
+    Died,
+}
+
+/// How a run ended, out of what is known. `vmm_gone`: the VMM went by itself.
 pub(crate) fn exit_status(
     reason: ExitReason,
     main_exit_before: Option<i32>,
     main_exit: Option<i32>,
-    vmm_gone: Option<bool>,
+    vmm_gone: Option<Gone>,
 ) -> ExitStatus {
     /// What a shell says of a process that SIGKILL ended.
     const KILLED: i32 = 137;
@@ -20,11 +31,15 @@ pub(crate) fn exit_status(
         };
     }
     match (reason, vmm_gone) {
-        (_, Some(true)) => ExitStatus {
+        (_, Some(Gone::PoweredOff)) => ExitStatus {
             code: main_exit.unwrap_or(0),
             reason: ExitReason::GuestPoweredOff,
         },
-        (_, Some(false)) => ExitStatus {
+        (_, Some(Gone::Panicked)) => ExitStatus {
+            code: main_exit.unwrap_or(UNKNOWN),
+            reason: ExitReason::GuestPanicked,
+        },
+        (_, Some(Gone::Died)) => ExitStatus {
             code: main_exit.unwrap_or(UNKNOWN),
             reason: ExitReason::VmmDied,
         },
@@ -51,9 +66,28 @@ mod tests {
             (R::Stopped, None, Some(143), None, (143, R::Stopped)),
             (R::Stopped, None, None, None, (137, R::Stopped)),
             (R::Killed, None, None, None, (137, R::Killed)),
-            (R::VmmDied, None, None, Some(true), (0, R::GuestPoweredOff)),
-            (R::VmmDied, None, None, Some(false), (255, R::VmmDied)),
-            (R::VmmDied, Some(3), Some(3), Some(true), (3, R::MainExited)),
+            (
+                R::VmmDied,
+                None,
+                None,
+                Some(Gone::PoweredOff),
+                (0, R::GuestPoweredOff),
+            ),
+            (R::VmmDied, None, None, Some(Gone::Died), (255, R::VmmDied)),
+            (
+                R::VmmDied,
+                None,
+                None,
+                Some(Gone::Panicked),
+                (255, R::GuestPanicked),
+            ),
+            (
+                R::VmmDied,
+                Some(3),
+                Some(3),
+                Some(Gone::PoweredOff),
+                (3, R::MainExited),
+            ),
             (R::Lost, None, None, None, (255, R::Lost)),
         ] {
             let exit = exit_status(reason, before, after, gone);

@@ -8,14 +8,17 @@
 //!                                 └── row in the database, written before what it announces
 //! ```
 //!
-//! Read in this order: [`request`] says which request is legal when; [`capability`] is what a VM is put together
-//! from; [`run`] is one run of a VM; [`operation`] puts hooks into timed stages and undoes them; [`owner`] is the task
-//! that owns a VM; [`engine`] keeps all owners. [`output`] is what the main process wrote.
+//! Read in this order: [`request`] says which request is legal when; [`admission`] which VM fits this host;
+//! [`capability`] is what a VM is put together from; [`run`] is one run of a VM; [`operation`] puts hooks into timed
+//! stages and undoes them; [`owner`] is the task that owns a VM; [`engine`] keeps all owners; [`reconcile`] mends what a
+//! crash left. [`output`] is what the main process wrote, [`events`] what happened, [`measure`] the same as
+//! numbers.
 //!
 //! Not here: HTTP, images, how a base is made. Back ends come in as values ([`engine::Parts`]).
 
 pub mod request;
 
+pub mod admission;
 pub mod capabilities;
 pub mod capability;
 pub mod definition;
@@ -24,10 +27,16 @@ pub mod run;
 pub mod shares;
 
 mod exit;
+pub mod fail_point;
+pub mod measure;
 pub mod operation;
 pub mod output;
 
 pub mod engine;
 pub mod error;
+pub mod events;
 pub mod names;
 pub mod owner;
+mod preflight;
+pub mod reconcile;
+mod restart;

@@ -1,23 +1,48 @@
-//! Hooks as timed stages of one operation.
+//! Operations: the id that ties a request to its log lines, events and errors; and hooks as timed stages.
 
 use std::future::Future;
 use std::time::{Duration, Instant};
 
-use offshoot_model::{StageOutcome, StageTiming};
+use offshoot_model::{OperationId, StageOutcome, StageTiming};
+
+use crate::fail_point::{self, When};
+use crate::measure;
+
+tokio::task_local! {
+    static CURRENT: OperationId;
+}
+
+/// An id for an operation that begins now.
+pub fn new_id() -> OperationId {
+    // Without random bytes there is nothing to tell operations apart by; they still go on.
+    OperationId::from_bytes(&offshoot_sys::random::bytes::<4>().unwrap_or_default())
+}
+
+/// The operation that the running future belongs to.
+pub fn current() -> Option<OperationId> {
+    CURRENT.try_with(Clone::clone).ok()
+}
+
+/// Runs `work` as part of operation `id`. A task that it spawns does not belong to it unless told so.
+pub async fn within<F: Future>(id: OperationId, work: F) -> F::Output {
+    CURRENT.scope(id, work).await
+}
 
 /// The stages of one operation so far.
 #[derive(Debug)]
 pub struct Stages {
     operation: &'static str,
+    id: OperationId,
     began: Instant,
     timings: Vec<StageTiming>,
 }
 
 impl Stages {
-    /// An operation begins now.
+    /// An operation begins now, as a part of the current one where there is one.
     pub fn begin(operation: &'static str) -> Self {
         Self {
             operation,
+            id: current().unwrap_or_else(new_id),
             began: Instant::now(),
             timings: Vec::new(),
         }
@@ -28,25 +53,29 @@ impl Stages {
         self.operation
     }
 
-    /// Runs one stage, times and logs it.
+    /// Runs one stage, times and logs it. On both sides of it a test may end the daemon ([`fail_point`]).
     pub async fn stage<T, E>(
         &mut self,
         name: &str,
         work: impl Future<Output = Result<T, E>>,
     ) -> Result<T, E> {
         let start = self.began.elapsed();
+        fail_point::pass(self.operation, name, When::Before);
         let result = work.await;
+        fail_point::pass(self.operation, name, When::After);
         let duration = self.began.elapsed() - start;
+        measure::stage(self.operation, name, duration);
         let outcome = if result.is_ok() {
             StageOutcome::Done
         } else {
             StageOutcome::Failed
         };
         tracing::debug!(
+            op = %self.id,
             operation = self.operation,
             stage = name,
             ?outcome,
-            ?duration,
+            us = micros(duration),
             "stage"
         );
         self.timings.push(StageTiming {
@@ -94,7 +123,13 @@ impl Stages {
 
     /// What was timed, in the order it ran.
     pub fn into_timings(self) -> Vec<StageTiming> {
-        self.timings
+        self.timings.clone()
+    }
+}
+
+impl Drop for Stages {
+    fn drop(&mut self) {
+        measure::operation(self.operation, &self.timings, self.began.elapsed());
     }
 }
 

@@ -50,6 +50,11 @@ impl VmPaths {
         self.run.join(format!("{tag}.sock"))
     }
 
+    /// Where it is said which control group its processes are in.
+    pub fn cgroup(&self) -> PathBuf {
+        self.run.join("cgroup.json")
+    }
+
     /// What its virtiofsds wrote.
     pub fn virtiofsd_log(&self) -> PathBuf {
         self.data.join("virtiofsd.log")

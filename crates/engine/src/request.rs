@@ -9,6 +9,8 @@ pub enum RequestKind {
     Start,
     /// Ask its guest to end, then kill it.
     Stop,
+    /// Stop it if it runs, and boot it.
+    Restart,
     /// End it at once.
     Kill,
     /// Send a signal to its main process.
@@ -29,13 +31,18 @@ pub enum RequestKind {
     Rename,
     /// Run one more process in it, or copy files.
     Session,
+    /// Undo a start that is under way.
+    Cancel,
+    /// Look after it; nobody outside asks for this.
+    Tend,
 }
 
 impl RequestKind {
     /// Every kind, for tables and tests.
-    pub const ALL: [Self; 12] = [
+    pub const ALL: [Self; 15] = [
         Self::Start,
         Self::Stop,
+        Self::Restart,
         Self::Kill,
         Self::Signal,
         Self::Pause,
@@ -46,6 +53,8 @@ impl RequestKind {
         Self::RemoveForced,
         Self::Rename,
         Self::Session,
+        Self::Cancel,
+        Self::Tend,
     ];
 
     /// What it does, as a verb for messages: `cannot <verb> VM …`.
@@ -53,6 +62,7 @@ impl RequestKind {
         match self {
             Self::Start => "start",
             Self::Stop => "stop",
+            Self::Restart => "restart",
             Self::Kill => "kill",
             Self::Signal => "signal",
             Self::Pause => "pause",
@@ -61,6 +71,8 @@ impl RequestKind {
             Self::Remove | Self::RemoveForced => "remove",
             Self::Rename => "rename",
             Self::Session => "enter",
+            Self::Cancel => "cancel the start of",
+            Self::Tend => "look after",
         }
     }
 
@@ -68,7 +80,7 @@ impl RequestKind {
     pub fn interrupts_start(self) -> bool {
         matches!(
             self,
-            Self::Stop | Self::Kill | Self::ResetForced | Self::RemoveForced
+            Self::Stop | Self::Restart | Self::Kill | Self::ResetForced | Self::RemoveForced | Self::Cancel
         )
     }
 }
@@ -94,7 +106,7 @@ pub fn decide(state: VmState, request: RequestKind) -> Verdict {
     const START_IT: &str = "start it with `offshoot start {}`";
     const RESUME_IT: &str = "let it go on with `offshoot resume {}`";
     match (request, state) {
-        (R::Rename | R::RemoveForced | R::ResetForced, _) => Verdict::Do,
+        (R::Rename | R::RemoveForced | R::ResetForced | R::Restart | R::Cancel | R::Tend, _) => Verdict::Do,
 
         (R::Start, S::Created | S::Stopped | S::Failed) => Verdict::Do,
         (R::Start, S::Running | S::Starting) => Verdict::AlreadySo,
@@ -131,9 +143,64 @@ pub fn decide(state: VmState, request: RequestKind) -> Verdict {
     }
 }
 
+/// Where a VM is after `request` was done in `state`; `None` when it is gone.
+pub fn outcome(state: VmState, request: RequestKind) -> Option<VmState> {
+    use RequestKind as R;
+    Some(match request {
+        R::Start | R::Restart | R::Resume => VmState::Running,
+        R::Stop | R::Kill => VmState::Stopped,
+        R::Pause => VmState::Paused,
+        R::Reset | R::ResetForced if state.has_vmm() => VmState::Stopped,
+        R::Remove | R::RemoveForced => return None,
+        R::Reset | R::ResetForced | R::Signal | R::Rename | R::Session | R::Cancel | R::Tend => state,
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+
+    fn any_request() -> impl Strategy<Value = RequestKind> {
+        (0..RequestKind::ALL.len()).prop_map(|n| RequestKind::ALL[n])
+    }
+
+    fn any_state() -> impl Strategy<Value = VmState> {
+        (0..STATES.len()).prop_map(|n| STATES[n])
+    }
+
+    proptest! {
+        /// Whatever is asked in whatever order: no VMM is started twice, forgotten, or stands between a VM and its end.
+        #[test]
+        fn a_life_of_requests_keeps_its_promises(
+            first in any_state(),
+            requests in proptest::collection::vec(any_request(), 0..40),
+        ) {
+            let mut state = first;
+            for request in requests {
+                match decide(state, request) {
+                    Verdict::Do => {
+                        let starts = request == RequestKind::Start;
+                        prop_assert!(!(starts && state.has_vmm()), "a second VMM: {state} {request:?}");
+                        let Some(next) = outcome(state, request) else {
+                            let kills = request == RequestKind::RemoveForced;
+                            prop_assert!(kills || !state.has_vmm(), "a VMM without a VM: {state} {request:?}");
+                            return Ok(());
+                        };
+                        // Only what ends, starts, halts or resumes it moves it, and it rests where it came to.
+                        let again = [RequestKind::ResetForced, RequestKind::Restart];
+                        if next != state && !again.contains(&request) {
+                            prop_assert_ne!(decide(next, request), Verdict::Do, "{} {:?}", next, request);
+                        }
+                        state = next;
+                    }
+                    Verdict::AlreadySo => prop_assert_eq!(outcome(state, request).map(VmState::has_vmm), Some(state.has_vmm())),
+                    Verdict::Refuse(hint) => prop_assert!(hint.contains("`offshoot "), "{}", hint),
+                }
+                prop_assert_eq!(decide(state, RequestKind::RemoveForced), Verdict::Do);
+            }
+        }
+    }
 
     const STATES: [VmState; 7] = [
         VmState::Created,

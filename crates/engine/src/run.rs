@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use offshoot_agent_proto::client::AgentClient;
 use offshoot_agent_proto::v1;
@@ -14,6 +14,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::capability::VmPlan;
 use crate::definition::VmRecord;
+use crate::exit::Gone;
 use crate::output::OutputLog;
 use crate::paths::VmPaths;
 use crate::shares::Shares;
@@ -28,6 +29,9 @@ pub enum Ending {
     /// Like pulling the plug.
     Kill,
 }
+
+/// A guest whose main process used up all the time still gets this long to unmount its disks.
+const LEAST_GRACE: Duration = Duration::from_secs(2);
 
 /// What clients talk to while a VM runs.
 #[derive(Clone)]
@@ -70,7 +74,7 @@ impl MainExit {
 pub struct Health(Arc<watch::Sender<Vec<String>>>);
 
 impl Health {
-    /// Says that something is gone for good in this run.
+    /// Says that something does not work: for good in this run, or until it is mended.
     pub fn degrade(&self, message: String) {
         self.0.send_if_modified(|messages| {
             let new = !messages.contains(&message);
@@ -78,6 +82,15 @@ impl Health {
                 messages.push(message);
             }
             new
+        });
+    }
+
+    /// Says that something works again; nothing if it never did not.
+    pub fn mend(&self, message: &str) {
+        self.0.send_if_modified(|messages| {
+            let before = messages.len();
+            messages.retain(|known| known != message);
+            messages.len() != before
         });
     }
 }
@@ -106,8 +119,10 @@ pub struct Run {
 struct Notes {
     machine: Option<Arc<dyn Machine>>,
     ending: Ending,
+    ending_since: Instant,
     guest_stages: Vec<(String, Duration)>,
     vmm_exit: Option<ExitCause>,
+    causes: Vec<String>,
 }
 
 impl Run {
@@ -126,8 +141,10 @@ impl Run {
             notes: Mutex::new(Notes {
                 machine: None,
                 ending: Ending::Kill,
+                ending_since: Instant::now(),
                 guest_stages: Vec::new(),
                 vmm_exit: None,
+                causes: Vec::new(),
             }),
         }
     }
@@ -202,7 +219,23 @@ impl Run {
 
     /// Decides how the run ends, before the `stop` hooks are called.
     pub fn set_ending(&self, ending: Ending) {
-        self.notes().ending = ending;
+        let mut notes = self.notes();
+        notes.ending = ending;
+        notes.ending_since = Instant::now();
+    }
+
+    /// How long the next `stop` hook may wait for the guest: what is left of the time that it was given, but never less
+    /// than [`LEAST_GRACE`]. `None` when nobody waits.
+    pub fn grace(&self) -> Option<Duration> {
+        let notes = self.notes();
+        match notes.ending {
+            Ending::Graceful(grace) => Some(
+                grace
+                    .saturating_sub(notes.ending_since.elapsed())
+                    .max(LEAST_GRACE),
+            ),
+            Ending::Discard | Ending::Kill => None,
+        }
     }
 
     /// Notes how long something took inside the guest.
@@ -220,12 +253,23 @@ impl Run {
         self.notes().vmm_exit = Some(cause);
     }
 
-    /// Whether the VMM is gone because the guest switched itself off.
-    pub fn powered_off(&self) -> bool {
-        matches!(
-            self.notes().vmm_exit,
-            Some(ExitCause::GuestPowerOff | ExitCause::GuestReset)
-        )
+    /// How a VMM that nobody ended came to its end.
+    pub(crate) fn gone(&self) -> Gone {
+        match self.notes().vmm_exit {
+            Some(ExitCause::GuestPowerOff | ExitCause::GuestReset) => Gone::PoweredOff,
+            Some(ExitCause::GuestPanic) => Gone::Panicked,
+            _ => Gone::Died,
+        }
+    }
+
+    /// Notes why the run ended, where a capability knows more than the status says.
+    pub fn note_cause(&self, cause: String) {
+        self.notes().causes.push(cause);
+    }
+
+    /// What was noted of why the run ended.
+    pub fn causes(&self) -> Vec<String> {
+        self.notes().causes.clone()
     }
 
     /// VMM and agent, when both are there.
@@ -244,6 +288,7 @@ pub fn empty_plan(vm: VmId) -> VmPlan {
             vm_id: vm.to_string(),
             ..v1::ConfigureRequest::default()
         },
+        objects: Vec::new(),
         launch: LaunchPlan {
             vm,
             run_dir: PathBuf::new(),
@@ -262,6 +307,7 @@ pub fn empty_plan(vm: VmId) -> VmPlan {
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity: None,
+            cgroups: Vec::new(),
         },
     }
 }

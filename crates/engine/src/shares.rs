@@ -9,8 +9,10 @@
 //! A virtiofsd ends by itself when its VMM does.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use offshoot_model::{KernelObject, ObjectKind};
 use offshoot_vmm::virtiofsd::{ShareConfig, ShareServer, ShareState, Virtiofsd};
 
 use crate::capability::CapabilityError;
@@ -93,19 +95,52 @@ fn died(what: &str) -> String {
     format!("{what} is gone: its virtiofsd died")
 }
 
-/// The processes that serve a VM's shares now; a virtiofsd is one that waits and one that works.
-pub fn share_pids(paths: &VmPaths) -> Vec<u32> {
-    let Ok(entries) = std::fs::read_dir(paths.run()) else {
+/// The virtiofsd at a socket, as it is recorded.
+pub(crate) fn share_object(socket: &Path) -> KernelObject {
+    KernelObject {
+        kind: ObjectKind::Process,
+        name: ShareState::file(socket).display().to_string(),
+    }
+}
+
+/// The sockets in a run folder beside which a living virtiofsd is recorded.
+pub(crate) fn served_sockets(folder: &Path) -> Vec<PathBuf> {
+    let Ok(entries) = std::fs::read_dir(folder) else {
         return Vec::new();
     };
+    let served = |path: &PathBuf| {
+        let state = ShareState::load(path).ok().flatten();
+        state.is_some_and(|state| state.process.is_alive())
+    };
+    entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(served)
+        .collect()
+}
+
+/// Ends the virtiofsd that is recorded beside a socket; nothing when there is none.
+pub(crate) async fn end_served(socket: &Path) -> Result<(), CapabilityError> {
+    let Ok(Some(state)) = ShareState::load(socket) else {
+        return Ok(());
+    };
+    match Virtiofsd::reopen(&state) {
+        Ok(Some(server)) => server
+            .kill()
+            .await
+            .map_err(|error| Box::new(error) as CapabilityError),
+        // Gone, or nothing that can be taken hold of.
+        Ok(None) | Err(_) => Ok(()),
+    }
+}
+
+/// The processes that serve a VM's shares now; a virtiofsd is one that waits and one that works.
+pub fn share_pids(paths: &VmPaths) -> Vec<u32> {
     let mut pids = Vec::new();
-    for path in entries.flatten().map(|entry| entry.path()) {
-        let Some(state) = ShareState::load(&path).ok().flatten() else {
+    for socket in served_sockets(paths.run()) {
+        let Some(state) = ShareState::load(&socket).ok().flatten() else {
             continue;
         };
-        if !state.process.is_alive() {
-            continue;
-        }
         pids.push(state.process.pid);
         let members = offshoot_sys::process::session_members(&state.process).unwrap_or_default();
         pids.extend(members.iter().map(|member| member.pid));

@@ -6,11 +6,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use offshoot_agent_proto::client::{AgentClient, CallError, ConnectError};
 use offshoot_agent_proto::v1;
-use offshoot_model::{ErrorKind, Explain};
+use offshoot_model::{ErrorKind, Explain, Finding};
 use offshoot_vmm::{AgentEndpoint, ExitCause, Machine};
 
 use crate::capability::{Capability, CapabilityError};
-use crate::run::{AgentSlot, Ending, Run};
+use crate::run::{AgentSlot, Run};
 
 /// Connects to the agent, makes the guest this VM, and shuts it down.
 pub struct AgentCapability {
@@ -59,6 +59,9 @@ impl Explain for AgentError {
 
 /// How often a lost agent is looked for again, at first; doubled up to a second.
 const RETRY: Duration = Duration::from_millis(20);
+/// How long a stop waits for an agent that does not answer now: a daemon that was restarted finds it within some
+/// milliseconds.
+const REAPPEARING: Duration = Duration::from_secs(1);
 /// How much of the console is worth repeating in an error.
 const LAST_WORDS: usize = 400;
 
@@ -144,6 +147,10 @@ impl Capability for AgentCapability {
         "agent"
     }
 
+    async fn check(&self) -> Vec<Finding> {
+        vec![vsock(std::path::Path::new("/dev/vhost-vsock").exists())]
+    }
+
     async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError> {
         let began = std::time::Instant::now();
         let agent = self.first_contact(run).await.map_err(boxed)?;
@@ -184,20 +191,63 @@ impl Capability for AgentCapability {
     }
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
-        let Ending::Graceful(grace) = run.ending() else {
-            return Ok(());
+        let Some(grace) = run.grace() else { return Ok(()) };
+        let asked = match agent_of(run).await {
+            Some(agent) => match agent.shutdown(grace).await {
+                Ok(true) => true,
+                Ok(false) => {
+                    tracing::warn!(vm = %run.vm.name, "the guest could not unmount everything; its journal will mend it");
+                    true
+                }
+                Err(error) => {
+                    tracing::warn!(vm = %run.vm.name, %error, "the agent did not shut the guest down");
+                    false
+                }
+            },
+            None => false,
         };
-        let Some(agent) = run.agent() else { return Ok(()) };
-        match agent.shutdown(grace).await {
-            Ok(true) => {}
-            Ok(false) => {
-                tracing::warn!(vm = %run.vm.name, "the guest could not unmount everything; its journal will mend it");
-            }
-            Err(error) => {
-                tracing::warn!(vm = %run.vm.name, %error, "the guest did not shut down; its VMM is ended");
-            }
+        if !asked {
+            press_power_button(run).await;
         }
         Ok(())
+    }
+}
+
+/// Says how guests are spoken to. Not having vsock costs nothing: the agent comes over virtio-serial.
+fn vsock(present: bool) -> Finding {
+    let (id, message) = if present {
+        (
+            "vsock",
+            "guests are spoken to over virtio-serial; there is /dev/vhost-vsock, too",
+        )
+    } else {
+        (
+            "vsock-absent",
+            "guests are spoken to over virtio-serial; there is no /dev/vhost-vsock, and none is needed",
+        )
+    };
+    Finding::ok("agent", message).id(id)
+}
+
+/// The agent, if it answers; one that a daemon has just begun to look for gets a moment.
+async fn agent_of(run: &Run) -> Option<AgentClient> {
+    let mut slot = run.agent_slot().watch();
+    let found = tokio::time::timeout(REAPPEARING, slot.wait_for(Option::is_some)).await;
+    found.ok()?.ok()?.clone()
+}
+
+/// Asks a guest whose agent does not answer in the way that every machine has, and gives it the rest of its time.
+async fn press_power_button(run: &Run) {
+    let (Some(machine), Some(grace)) = (run.machine(), run.grace()) else {
+        return;
+    };
+    tracing::info!(vm = %run.vm.name, "the agent does not answer: pressing the power button");
+    if let Err(error) = machine.power_button().await {
+        tracing::warn!(vm = %run.vm.name, %error, "cannot press the power button");
+        return;
+    }
+    if tokio::time::timeout(grace, machine.wait_exit()).await.is_err() {
+        tracing::warn!(vm = %run.vm.name, ?grace, "the guest does not switch itself off; its VMM is ended");
     }
 }
 

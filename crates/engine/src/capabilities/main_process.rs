@@ -11,7 +11,10 @@ use offshoot_model::{ErrorKind, Explain};
 use crate::capability::{Capability, CapabilityError};
 use crate::output::{OutputLog, Record, RecordKind};
 use crate::owner::now_ms;
-use crate::run::{AgentSlot, Ending, MainExit, Run};
+use crate::run::{AgentSlot, MainExit, Run};
+
+/// How long the agent may take to pass a signal on.
+const ANSWER: Duration = Duration::from_secs(2);
 
 /// Starts the main process and keeps what it writes.
 pub struct MainProcessCapability;
@@ -202,21 +205,31 @@ impl Capability for MainProcessCapability {
     }
 
     async fn stop(&self, run: &Run) -> Result<(), CapabilityError> {
-        let Ending::Graceful(grace) = run.ending() else {
-            return Ok(());
-        };
+        let Some(grace) = run.grace() else { return Ok(()) };
         let Some(agent) = run.agent() else { return Ok(()) };
         if run.main_exit().is_some() || run.vm.definition.process.is_none() {
             return Ok(());
         }
-        if let Err(error) = agent.signal_main(run.vm.definition.stop_signal).await {
-            tracing::debug!(%error, "the main process cannot be asked to end");
-            return Ok(());
+        match tokio::time::timeout(ANSWER, agent.signal_main(run.vm.definition.stop_signal)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "the main process cannot be asked to end");
+                return Ok(());
+            }
+            Err(_) => {
+                tracing::warn!(vm = %run.vm.name, "the agent does not answer");
+                // Nobody shall wait for it once more.
+                run.agent_slot().set(None);
+                return Ok(());
+            }
         }
         let ended = tokio::time::timeout(grace, run.wait_main_exit()).await;
         if ended.is_err() {
-            let _ = agent.signal_main(offshoot_sys::signal::KILL).await;
-            let _ = tokio::time::timeout(Duration::from_secs(1), run.wait_main_exit()).await;
+            let killed = async {
+                let _ = agent.signal_main(offshoot_sys::signal::KILL).await;
+                run.wait_main_exit().await
+            };
+            let _ = tokio::time::timeout(Duration::from_secs(1), killed).await;
         }
         Ok(())
     }

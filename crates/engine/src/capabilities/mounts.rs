@@ -1,24 +1,30 @@
 //! Folders of the host that a VM shares (`-v`): a virtiofsd each, whatever the root is.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use async_trait::async_trait;
 use offshoot_agent_proto::v1;
-use offshoot_model::{ErrorKind, Explain, Finding, Mount, Severity};
+use offshoot_model::{ErrorKind, Explain, Finding, KernelObject, Mount, Severity, VmId};
+use offshoot_sys::programs::is_executable;
+use offshoot_vmm::ProbeError;
 use offshoot_vmm::plan::SharePlan;
-use offshoot_vmm::virtiofsd::{ShareCache, ShareConfig, Virtiofsd};
+use offshoot_vmm::virtiofsd::{ShareCache, ShareConfig, Virtiofsd, VirtiofsdFacts};
 
 use super::finding;
-use crate::capability::{Capability, CapabilityError, VmPlan};
+use super::folders::entries;
+use crate::capability::{Capability, CapabilityError, Known, VmPlan};
 use crate::definition::VmRecord;
 use crate::paths::VmPaths;
 use crate::run::Run;
+use crate::shares::{end_served, served_sockets, share_object};
 
 /// Shares the host's folders.
 pub struct MountsCapability {
     /// Serves them.
     pub virtiofsd: Arc<Virtiofsd>,
+    /// Where the run folders of VMs lie.
+    pub run_dir: PathBuf,
 }
 
 /// A folder cannot be shared.
@@ -94,6 +100,46 @@ fn words(mount: &Mount) -> String {
     format!("the share on {}", mount.target.display())
 }
 
+/// Whether there is a virtiofsd that can be used, for a capability that needs one.
+pub(super) async fn virtiofsd(capability: &str, virtiofsd: &Virtiofsd) -> Finding {
+    let asked = virtiofsd.probe().await;
+    // The answer is kept, the program may be gone.
+    let gone = |facts: &VirtiofsdFacts| !is_executable(&facts.program);
+    let gone = asked.as_ref().is_ok_and(gone);
+    judge(capability, asked, gone)
+}
+
+fn judge(capability: &str, asked: Result<VirtiofsdFacts, ProbeError>, gone: bool) -> Finding {
+    let (id, message, hint) = match asked {
+        Ok(facts) if !gone => {
+            let message = format!("virtiofsd {} at {}", facts.version, facts.program.display());
+            return Finding::ok(capability, message).id("virtiofsd");
+        }
+        Ok(facts) => (
+            "virtiofsd-missing",
+            format!("`{}` is not installed any more", facts.program.display()),
+            "apt install virtiofsd; on Debian 12 `apt install qemu-system-common`".to_owned(),
+        ),
+        Err(error) => {
+            let id = match error {
+                ProbeError::Missing { .. } | ProbeError::NoneOf { .. } => "virtiofsd-missing",
+                ProbeError::TooOld { .. } => "virtiofsd-old",
+                _ => "virtiofsd-unusable",
+            };
+            let hint = match error {
+                ProbeError::Run { .. } | ProbeError::Timeout { .. } | ProbeError::Answer { .. } => {
+                    "run it with `--version`, and look at `virtiofsd` in the daemon's config".to_owned()
+                }
+                _ => error.hints().into_iter().next().unwrap_or_default(),
+            };
+            (id, error.to_string(), hint)
+        }
+    };
+    finding(capability, Severity::Warning, message, hint)
+        .id(id)
+        .cost("no folder can be shared: no `-v` and no `--root virtiofs`")
+}
+
 #[async_trait]
 impl Capability for MountsCapability {
     fn name(&self) -> &'static str {
@@ -101,26 +147,15 @@ impl Capability for MountsCapability {
     }
 
     async fn check(&self) -> Vec<Finding> {
-        vec![match self.virtiofsd.probe().await {
-            Ok(facts) => finding(
-                self.name(),
-                Severity::Ok,
-                format!("virtiofsd {} at {}", facts.version, facts.program.display()),
-                "",
-            ),
-            Err(error) => finding(
-                self.name(),
-                Severity::Warning,
-                format!("{error}: no `-v` and no `--root virtiofs`"),
-                error.hints().into_iter().next().unwrap_or_default(),
-            ),
-        }]
+        vec![virtiofsd(self.name(), &self.virtiofsd).await]
     }
 
     fn plan(&self, vm: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
         for (tag, mount) in tagged(vm) {
+            let socket = paths.share_socket(&tag);
+            plan.objects.push(share_object(&socket));
             plan.launch.shares.push(SharePlan {
-                socket: paths.share_socket(&tag),
+                socket,
                 tag: tag.clone(),
             });
             plan.guest.mounts.push(v1::SharedMount {
@@ -142,6 +177,7 @@ impl Capability for MountsCapability {
                 socket: run.paths.share_socket(&tag),
                 socket_owner: (run.vm.uid, run.vm.uid),
                 log: run.paths.virtiofsd_log(),
+                cgroups: run.plan.launch.cgroups.clone(),
                 tag,
             };
             run.shares
@@ -162,13 +198,69 @@ impl Capability for MountsCapability {
         for (tag, _) in tagged(&run.vm).into_iter().rev() {
             run.shares.end(&tag).await?;
         }
+        // Also what an earlier daemon started and no run of this one knows.
+        for socket in served_sockets(run.paths.run()) {
+            end_served(&socket).await?;
+        }
         Ok(())
+    }
+
+    async fn leftovers(&self, known: Known<'_>) -> Vec<KernelObject> {
+        let mut found = Vec::new();
+        for (name, folder) in entries(&self.run_dir.join("vms")) {
+            if !name.parse::<VmId>().is_ok_and(|id| known(&id)) {
+                found.extend(served_sockets(&folder).iter().map(|socket| share_object(socket)));
+            }
+        }
+        found
+    }
+
+    async fn remove_leftover(&self, object: &KernelObject) -> Result<(), CapabilityError> {
+        let file = Path::new(&object.name);
+        // The name of the record is that of the socket and an ending.
+        end_served(&file.with_extension("")).await
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn each_way_to_have_no_virtiofsd_is_told() {
+        use offshoot_vmm::virtiofsd::VirtiofsdFlavour;
+        let program = PathBuf::from("/usr/libexec/virtiofsd");
+        let facts = VirtiofsdFacts {
+            program: program.clone(),
+            version: "1.13.2".into(),
+            flavour: VirtiofsdFlavour::Rust,
+            read_only: true,
+        };
+        let check = |asked, gone, severity, id: &str| {
+            let found = judge("mounts", asked, gone);
+            assert_eq!((found.severity, found.id.as_str()), (severity, id));
+            let explained = !found.cost.is_empty() && !found.hint.is_empty();
+            assert_eq!(explained, severity != Severity::Ok, "{found:?}");
+        };
+        check(Ok(facts.clone()), false, Severity::Ok, "virtiofsd");
+        check(Ok(facts), true, Severity::Warning, "virtiofsd-missing");
+        let missing = ProbeError::Missing {
+            program: program.clone(),
+            package: "virtiofsd",
+        };
+        check(Err(missing), false, Severity::Warning, "virtiofsd-missing");
+        let old = ProbeError::TooOld {
+            program: program.clone(),
+            version: "1.9.1".into(),
+            least: "1.10",
+        };
+        check(Err(old), false, Severity::Warning, "virtiofsd-old");
+        let answer = ProbeError::Answer {
+            program,
+            said: "hello".into(),
+        };
+        check(Err(answer), false, Severity::Warning, "virtiofsd-unusable");
+    }
 
     #[test]
     fn only_a_folder_that_is_there_can_be_shared() {

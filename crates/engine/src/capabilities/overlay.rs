@@ -3,17 +3,19 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use offshoot_model::Finding;
 use offshoot_rootfs::base::BaseStore;
 use offshoot_rootfs::policy::RootKind;
 use offshoot_rootfs::seed::clone_seed;
 use offshoot_vmm::plan::DiskPlan;
 
-use super::{disk, root};
+use super::{blocking, disk, host_disk, root};
 use crate::capability::{Capability, CapabilityError, VmPlan};
 use crate::definition::VmRecord;
 use crate::paths::VmPaths;
 use crate::run::Run;
 
+const NAME: &str = "overlay";
 /// The serial under which the guest finds its overlay disk.
 const SERIAL: &str = "overlay";
 
@@ -30,7 +32,21 @@ fn needed(vm: &VmRecord) -> Result<bool, CapabilityError> {
 #[async_trait]
 impl Capability for OverlayCapability {
     fn name(&self) -> &'static str {
-        "overlay"
+        NAME
+    }
+
+    async fn check(&self) -> Vec<Finding> {
+        let bases = Arc::clone(&self.bases);
+        blocking(move || {
+            let cost =
+                "no image can be prepared, and no VM gets an overlay disk of less than 10GiB (`--disk`)";
+            let tool = host_disk::e2fs_tool(NAME, "mke2fs", cost);
+            host_disk::lack_of_room(NAME, &bases)
+                .into_iter()
+                .chain([tool])
+                .collect()
+        })
+        .await
     }
 
     fn plan(&self, vm: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {

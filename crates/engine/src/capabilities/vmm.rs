@@ -1,17 +1,20 @@
 //! The VMM: the process that is the machine.
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use offshoot_model::{ByteSize, ErrorKind, Explain, Finding, Severity};
+use offshoot_model::{ByteSize, ErrorKind, Explain, Finding, KernelObject, ObjectKind, VmId};
 use offshoot_sys::kvm::KvmProbe;
 use offshoot_vmm::plan::{Accel, AgentChannel, VmmIdentity};
-use offshoot_vmm::{Driver, MachineState};
+use offshoot_vmm::{Driver, Machine, MachineState};
 
-use super::finding;
-use crate::capability::{Capability, CapabilityError, VmPlan};
+use super::folders::entries;
+use super::leftover::end_process;
+use super::vmm_checks::{self, KvmNode};
+use crate::capability::{Capability, CapabilityError, Known, VmPlan};
 use crate::definition::VmRecord;
 use crate::paths::VmPaths;
 use crate::run::{Ending, Run};
@@ -35,6 +38,8 @@ pub struct VmmCapability {
     pub accelerator: Accelerator,
     /// The group that may read bases and kernels.
     pub gid: u32,
+    /// Where the run folders of VMs lie.
+    pub run_dir: PathBuf,
 }
 
 /// No driver of that name.
@@ -74,51 +79,17 @@ impl Capability for VmmCapability {
     }
 
     async fn check(&self) -> Vec<Finding> {
-        let mut findings = Vec::new();
-        let mut any = false;
+        let mut asked = Vec::new();
         for driver in self.drivers.values() {
-            match driver.probe().await {
-                Ok(facts) => {
-                    any = true;
-                    let said = format!("{} {} at {}", facts.kind, facts.version, facts.program.display());
-                    findings.push(finding(self.name(), Severity::Ok, said, ""));
-                }
-                Err(error) => {
-                    let hint = error.hints().into_iter().next().unwrap_or_default();
-                    findings.push(finding(self.name(), Severity::Warning, error.to_string(), hint));
-                }
-            }
+            asked.push(vmm_checks::ask(&**driver).await);
         }
-        if !any {
-            let hint = "apt install qemu-system-x86";
-            findings.push(finding(
-                self.name(),
-                Severity::Failure,
-                "no VMM is installed",
-                hint,
-            ));
-        }
-        findings.push(match self.accelerator.accel {
-            Accel::Kvm => finding(
-                self.name(),
-                Severity::Ok,
-                self.accelerator.probe.explanation.clone(),
-                "",
-            ),
-            Accel::Tcg => finding(
-                self.name(),
-                Severity::Warning,
-                format!(
-                    "{}; guests are emulated in software and slow",
-                    self.accelerator.probe.explanation
-                ),
-                "use a host whose processor offers virtualisation to Linux (`ls -l /dev/kvm`)",
-            ),
-        });
+        let mut findings = vmm_checks::judge_vmms(&asked, self.accelerator.accel);
+        findings.push(vmm_checks::judge_kvm(&self.accelerator, KvmNode::look()));
         findings
     }
 
-    fn plan(&self, vm: &VmRecord, _: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
+    fn plan(&self, vm: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
+        plan.objects.push(process(&paths.run().join(MachineState::FILE)));
         let launch = &mut plan.launch;
         let config = &vm.definition.config;
         launch.cpus = config.cpus;
@@ -144,6 +115,7 @@ impl Capability for VmmCapability {
             .launch(&run.plan.launch)
             .await
             .map_err(|error| Box::new(error) as CapabilityError)?;
+        tell_of_room(run, &*machine);
         run.set_machine(machine.into());
         Ok(())
     }
@@ -164,6 +136,7 @@ impl Capability for VmmCapability {
             .await
             .map_err(|error| Box::new(error) as CapabilityError)?
         {
+            tell_of_room(run, &*machine);
             run.set_machine(machine.into());
         }
         Ok(())
@@ -180,5 +153,57 @@ impl Capability for VmmCapability {
             .kill()
             .await
             .map_err(|error| Box::new(error) as CapabilityError)
+    }
+
+    async fn leftovers(&self, known: Known<'_>) -> Vec<KernelObject> {
+        let mut found = Vec::new();
+        for (name, folder) in entries(&self.run_dir.join("vms")) {
+            if name.parse::<VmId>().is_ok_and(|id| known(&id)) {
+                continue;
+            }
+            if let Ok(Some(state)) = MachineState::load(&folder)
+                && state.process.is_alive()
+            {
+                found.push(process(&folder.join(MachineState::FILE)));
+            }
+        }
+        found
+    }
+
+    async fn remove_leftover(&self, object: &KernelObject) -> Result<(), CapabilityError> {
+        let folder = Path::new(&object.name).parent().unwrap_or(Path::new("/"));
+        match MachineState::load(folder) {
+            Ok(Some(state)) => end_process(&state.process).await,
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a VM is told as while its VMM has halted it.
+const NO_ROOM: &str =
+    "it waits for room on the host's disk, and goes on when there is some: see `offshoot df`";
+
+/// Says so as long as the guest stands still because the host has no room for what it writes.
+fn tell_of_room(run: &Run, machine: &dyn Machine) {
+    let (mut waits, health, over) = (machine.waits_for_room(), run.health(), run.over.clone());
+    let tell = async move {
+        loop {
+            if *waits.borrow_and_update() {
+                health.degrade(NO_ROOM.to_owned());
+            } else {
+                health.mend(NO_ROOM);
+            }
+            if waits.changed().await.is_err() {
+                return;
+            }
+        }
+    };
+    tokio::spawn(over.run_until_cancelled_owned(tell));
+}
+
+fn process(file: &Path) -> KernelObject {
+    KernelObject {
+        kind: ObjectKind::Process,
+        name: file.display().to_string(),
     }
 }

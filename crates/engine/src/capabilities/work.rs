@@ -3,16 +3,18 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use offshoot_model::Finding;
 use offshoot_rootfs::base::BaseStore;
 use offshoot_rootfs::seed::clone_work_seed;
 use offshoot_vmm::plan::DiskPlan;
 
-use super::disk;
+use super::{blocking, disk, host_disk};
 use crate::capability::{Capability, CapabilityError, VmPlan};
 use crate::definition::VmRecord;
 use crate::paths::VmPaths;
 use crate::run::Run;
 
+const NAME: &str = "work";
 /// The serial under which the guest finds its work disk.
 const SERIAL: &str = "work";
 
@@ -25,7 +27,21 @@ pub struct WorkCapability {
 #[async_trait]
 impl Capability for WorkCapability {
     fn name(&self) -> &'static str {
-        "work"
+        NAME
+    }
+
+    async fn check(&self) -> Vec<Finding> {
+        let bases = Arc::clone(&self.bases);
+        blocking(move || {
+            let cost =
+                "no VM gets a work disk that is smaller than its image's seed (`--work`, mostly 10GiB)";
+            let tool = host_disk::e2fs_tool(NAME, "resize2fs", cost);
+            host_disk::lack_of_room(NAME, &bases)
+                .into_iter()
+                .chain([tool])
+                .collect()
+        })
+        .await
     }
 
     fn plan(&self, _: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
