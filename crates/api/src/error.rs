@@ -19,6 +19,9 @@ pub struct ApiError {
     /// What the client should end with, when the failure is that of a command (126, 127).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub exit_status: Option<i32>,
+    /// The operation that failed, as the daemon's log and `offshoot events` name it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub operation: Option<String>,
 }
 
 impl ApiError {
@@ -30,6 +33,7 @@ impl ApiError {
             causes: Vec::new(),
             hints: Vec::new(),
             exit_status: None,
+            operation: None,
         }
     }
 
@@ -58,6 +62,7 @@ impl ApiError {
             causes,
             hints: error.hints(),
             exit_status: error.exit_status(),
+            operation: None,
         }
     }
 

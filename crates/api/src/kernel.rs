@@ -2,7 +2,7 @@
 
 use offshoot_model::KernelId;
 use serde::{Deserialize, Serialize};
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 /// One row of `kernel ls`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -30,4 +30,13 @@ pub struct KernelSummary {
 pub struct DistroRequest {
     /// The package; the newest cloud kernel that apt knows when absent.
     pub package: Option<String>,
+}
+
+/// What a path under `/v1/kernels/{id}` names.
+#[derive(Clone, Debug, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct KernelPath {
+    /// The kernel bundle's id.
+    #[param(min_length = 16, max_length = 16, pattern = "^[0-9a-f]{16}$")]
+    pub id: String,
 }

@@ -2,6 +2,7 @@
 
 use offshoot_model::ProgressEvent;
 use serde::{Deserialize, Serialize};
+use utoipa::ToSchema;
 
 use crate::error::ApiError;
 
@@ -10,7 +11,7 @@ pub const NDJSON: &str = "application/x-ndjson";
 
 /// One line of the answer to long work. `Done` or `Failed` comes once and last; an answer that ends without
 /// either was cut off, and the work was cancelled.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "type", rename_all = "kebab-case")]
 pub enum Line<T> {
     /// How far it is.

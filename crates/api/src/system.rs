@@ -1,6 +1,5 @@
 //! The daemon itself over the wire.
 
-use offshoot_model::Finding;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -9,12 +8,27 @@ use utoipa::ToSchema;
 pub struct SystemInfo {
     /// The daemon's version.
     pub version: String,
+    /// The version of the API that it speaks, which is the first part of every path.
+    #[serde(default)]
+    pub api_version: String,
     /// Where everything lies.
     pub data_dir: String,
     /// Where sockets lie.
     pub run_dir: String,
+    /// Where it listens.
+    #[serde(default)]
+    pub socket: String,
+    /// The file with its settings; absent when it runs with the defaults.
+    #[serde(default)]
+    pub config_file: Option<String>,
     /// Its process.
     pub pid: u32,
+    /// When it started, milliseconds since the epoch.
+    #[serde(default)]
+    pub started_ms: u64,
+    /// Seconds since then, by a clock that nobody sets.
+    #[serde(default)]
+    pub uptime_s: u64,
     /// `native`, `emulated`, `absent` or `denied`.
     pub kvm: String,
     /// What the probe saw.
@@ -40,11 +54,4 @@ pub struct VmmSummary {
     pub path: String,
     /// What it can do.
     pub features: Vec<String>,
-}
-
-/// Answer to `GET /v1/system/doctor`.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
-pub struct DoctorReport {
-    /// Every check of every capability.
-    pub findings: Vec<Finding>,
 }

@@ -85,6 +85,19 @@ pub struct PassedOver {
     pub reason: String,
 }
 
+/// What a path under `/v1/vms/{vm}` names.
+#[derive(Clone, Debug, IntoParams)]
+#[into_params(parameter_in = Path)]
+pub struct VmPath {
+    /// A VM's name, its id, or the first digits of its id, at least three.
+    #[param(
+        min_length = 1,
+        max_length = 63,
+        pattern = "^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$"
+    )]
+    pub vm: String,
+}
+
 /// Query of `GET /v1/vms`.
 #[derive(Clone, Debug, Default, Serialize, Deserialize, IntoParams)]
 #[serde(default)]
@@ -129,6 +142,11 @@ pub struct KillQuery {
 #[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
 pub struct RenameQuery {
     /// The new name.
+    #[param(
+        min_length = 1,
+        max_length = 63,
+        pattern = "^[a-zA-Z0-9]([a-zA-Z0-9-]*[a-zA-Z0-9])?$"
+    )]
     pub name: String,
 }
 
@@ -160,6 +178,7 @@ pub struct AttachQuery {
 #[derive(Clone, Debug, Serialize, Deserialize, IntoParams)]
 pub struct ArchiveQuery {
     /// Absolute path in the guest: what to read, or the folder to unpack into.
+    #[param(max_length = 4095, pattern = "^/")]
     pub path: String,
 }
 

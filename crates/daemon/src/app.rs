@@ -4,12 +4,13 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use offshoot_engine::capabilities::{
-    Accelerator, AgentCapability, FoldersCapability, KernelCapability, MainProcessCapability,
-    MountsCapability, OverlayCapability, RootCapability, VmmCapability, WorkCapability,
+    Accelerator, AdmissionCapability, AgentCapability, FoldersCapability, KernelCapability, LimitsCapability,
+    MainProcessCapability, MountsCapability, OverlayCapability, RootCapability, VmmCapability,
+    WorkCapability,
 };
 use offshoot_engine::capability::Capability;
 use offshoot_engine::engine::{Engine, EngineConfig, Parts};
@@ -25,9 +26,14 @@ use offshoot_vmm::virtiofsd::{Virtiofsd, VirtiofsdConfig};
 
 use crate::config::DaemonConfig;
 use crate::images::Images;
+use crate::prometheus::Numbers;
+use crate::time::now_ms;
 
 /// How long the rest of a broken download may wait for the pull that goes on with it.
 const KEEP_DOWNLOADS: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// How often it is looked for what should not be there.
+const LOOK_EVERY: Duration = Duration::from_secs(60);
 
 /// Everything that handlers share.
 pub struct App {
@@ -45,12 +51,22 @@ pub struct App {
     pub virtiofsd: Arc<Virtiofsd>,
     /// How guest instructions are run.
     pub accelerator: Accelerator,
+    /// Which VM fits this host.
+    pub admission: Arc<AdmissionCapability>,
     /// The agent that goes into kernel bundles.
     pub agent: PathBuf,
+    /// What is counted.
+    pub numbers: Numbers,
     /// Where everything is kept.
     pub data_dir: PathBuf,
     /// Where sockets lie.
     pub run_dir: PathBuf,
+    /// Where the daemon listens.
+    pub socket: PathBuf,
+    /// The file with its settings.
+    pub config_file: Option<PathBuf>,
+    /// When it started: milliseconds since the epoch, and by a clock that nobody sets.
+    pub started: (u64, Instant),
     /// Held while the daemon lives: no other one uses these directories.
     _locks: [FileLock; 2],
 }
@@ -64,8 +80,11 @@ impl App {
         data_dir: &Path,
         run_dir: &Path,
         socket: &Path,
+        config_file: Option<&Path>,
         config: DaemonConfig,
     ) -> anyhow::Result<Shared> {
+        // First: what happens to VMs while they are found again counts.
+        let numbers = Numbers::install()?;
         let gid = config.gid();
         // Other users come to the socket; VMMs come to their own folders; nobody else needs the data.
         make_root(run_dir, 0o711, gid)?;
@@ -122,14 +141,23 @@ impl App {
         let virtiofsd = Arc::new(Virtiofsd::new(VirtiofsdConfig {
             program: config.virtiofsd.clone(),
         }));
+        let admission = Arc::new(AdmissionCapability {
+            rules: config.admission(),
+            data_dir: data_dir.clone(),
+            ledger: Arc::default(),
+        });
         let capabilities: Vec<Arc<dyn Capability>> = vec![
+            Arc::clone(&admission) as Arc<dyn Capability>,
             Arc::new(FoldersCapability {
                 roots: [data_dir.clone(), run_dir.clone()],
                 gid,
             }),
+            // Before whatever starts a process.
+            Arc::new(LimitsCapability::new(data_dir)),
             Arc::new(RootCapability {
                 bases: Arc::clone(&bases),
                 virtiofsd: Arc::clone(&virtiofsd),
+                db: db.clone(),
             }),
             Arc::new(OverlayCapability {
                 bases: Arc::clone(&bases),
@@ -139,14 +167,19 @@ impl App {
             }),
             Arc::new(MountsCapability {
                 virtiofsd: Arc::clone(&virtiofsd),
+                run_dir: run_dir.clone(),
             }),
             Arc::new(KernelCapability {
                 kernels: Arc::clone(&kernels),
+                agent: agent.clone(),
+                gid,
+                db: db.clone(),
             }),
             Arc::new(VmmCapability {
                 drivers: drivers.clone(),
                 accelerator: accelerator.clone(),
                 gid,
+                run_dir: run_dir.clone(),
             }),
             Arc::new(AgentCapability {
                 boot_timeout: config.boot_timeout(),
@@ -167,6 +200,7 @@ impl App {
         })
         .await?;
         refresh_kernel(&kernels, &agent).await;
+        look_after(engine.clone());
         let images = Images::new(db, blobs, bases, engine.clone(), config.clone());
         Ok(Arc::new(Self {
             config,
@@ -176,9 +210,14 @@ impl App {
             drivers,
             virtiofsd,
             accelerator,
+            admission,
             agent,
+            numbers,
             data_dir: data_dir.clone(),
             run_dir: run_dir.clone(),
+            socket: std::path::absolute(socket)?,
+            config_file: config_file.map(std::path::absolute).transpose()?,
+            started: (now_ms(), Instant::now()),
             _locks: locks,
         }))
     }
@@ -245,6 +284,24 @@ async fn accelerator() -> Accelerator {
         probe,
         kvm_gid,
     }
+}
+
+/// Looks every minute whether what should be is so. The first look at the host's own findings comes at once: a start
+/// that is doomed is then refused before it makes anything.
+fn look_after(engine: Engine) {
+    tokio::spawn(async move {
+        let _ = engine.check().await;
+        let mut minute = tokio::time::interval(LOOK_EVERY);
+        minute.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // The engine looked when it started.
+        minute.tick().await;
+        loop {
+            minute.tick().await;
+            for line in engine.reconcile().await {
+                tracing::warn!("{line}");
+            }
+        }
+    });
 }
 
 /// Puts this version's agent into the default bundle when it holds another one. A failure is not the end: the old

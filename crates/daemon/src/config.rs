@@ -4,8 +4,12 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use offshoot_engine::admission::AdmissionRules;
 use offshoot_model::ByteSize;
 use serde::Deserialize;
+
+use crate::prometheus::LoopbackAddress;
+use crate::serve::Patience;
 
 /// Every setting.
 #[derive(Clone, Debug, Deserialize)]
@@ -29,6 +33,16 @@ pub struct DaemonConfig {
     pub import_limit_mib: u64,
     /// Seconds for which `prune` spares what was made or used.
     pub prune_grace_s: u64,
+    /// Where `/metrics` is served over TCP as well, `127.0.0.1:PORT`; nowhere when absent.
+    pub metrics_listen: Option<LoopbackAddress>,
+    /// How much memory may be promised to VMs that run, as a multiple of the host's.
+    pub memory_overcommit: f64,
+    /// With less free in the data directory, no VM is created, MiB.
+    pub disk_reserve_mib: u64,
+    /// Seconds that a client may take for the head of a request, and let pass between two requests of one connection.
+    pub api_head_timeout_s: u64,
+    /// Seconds that a client may let pass between two pieces of a request's body.
+    pub api_body_timeout_s: u64,
     /// Registries that are spoken to without TLS, `host:port`; loopback always is.
     pub insecure_registries: Vec<String>,
 }
@@ -48,6 +62,16 @@ impl Default for DaemonConfig {
             import_limit_mib: 64 << 10,
             // Whoever fetched or made something within the hour is likely to go on with it.
             prune_grace_s: 3600,
+            metrics_listen: None,
+            // Guests take their memory as they touch it. Clouds that sell it have settled on the same ratio (OpenStack
+            // Nova's `ram_allocation_ratio`).
+            memory_overcommit: 1.5,
+            // What the VMs that run can still write while somebody makes room: their logs alone are 64 MiB each.
+            disk_reserve_mib: 256,
+            // A client on the same host sends a head at once.
+            api_head_timeout_s: 10,
+            // An upload comes from a pipe, whose writer may have to read a slow disk first.
+            api_body_timeout_s: 60,
             insecure_registries: Vec::new(),
         }
     }
@@ -62,7 +86,12 @@ impl DaemonConfig {
         };
         let text =
             std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-        toml::from_str(&text).with_context(|| format!("cannot understand {}", path.display()))
+        let config: Self =
+            toml::from_str(&text).with_context(|| format!("cannot understand {}", path.display()))?;
+        if config.memory_overcommit.is_nan() || config.memory_overcommit < 1.0 {
+            anyhow::bail!("{}: `memory_overcommit` must be at least 1", path.display());
+        }
+        Ok(config)
     }
 
     /// The group that may pass through our folders: the id before the first VMM's.
@@ -78,6 +107,22 @@ impl DaemonConfig {
     /// For how long `prune` spares what was made or used.
     pub fn prune_grace(&self) -> Duration {
         Duration::from_secs(self.prune_grace_s)
+    }
+
+    /// What VMs may be promised, and what is kept free.
+    pub fn admission(&self) -> AdmissionRules {
+        AdmissionRules {
+            memory_overcommit: self.memory_overcommit,
+            disk_reserve: ByteSize::from_mib(self.disk_reserve_mib),
+        }
+    }
+
+    /// How long clients may take.
+    pub fn patience(&self) -> Patience {
+        Patience {
+            head: Duration::from_secs(self.api_head_timeout_s),
+            body: Duration::from_secs(self.api_body_timeout_s),
+        }
     }
 
     /// The largest upload.
@@ -102,5 +147,12 @@ mod tests {
         std::fs::write(&path, "boot_timeout = 5\n").unwrap();
         assert!(DaemonConfig::load(Some(&path)).is_err());
         assert!(DaemonConfig::load(Some(&dir.path().join("none"))).is_err());
+        std::fs::write(&path, "metrics_listen = \"0.0.0.0:9464\"\n").unwrap();
+        let error = format!("{:#}", DaemonConfig::load(Some(&path)).unwrap_err());
+        assert!(error.contains("can be reached from elsewhere"), "{error}");
+        for (ratio, good) in [("1.0", true), ("2", true), ("0.9", false), ("nan", false)] {
+            std::fs::write(&path, format!("memory_overcommit = {ratio}\n")).unwrap();
+            assert_eq!(DaemonConfig::load(Some(&path)).is_ok(), good, "{ratio}");
+        }
     }
 }

@@ -43,12 +43,23 @@ pub fn chain(error: &impl Explain) -> String {
     [vec![message], causes].concat().join(": ")
 }
 
+impl Failure {
+    /// The error with the operation that it belongs to.
+    #[must_use]
+    pub fn of_this_operation(mut self) -> Self {
+        let current = offshoot_engine::operation::current();
+        self.0.operation = self.0.operation.or(current.map(String::from));
+        self
+    }
+}
+
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let status = StatusCode::from_u16(self.0.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+        let this = self.of_this_operation();
+        let status = StatusCode::from_u16(this.0.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         if status.is_server_error() {
-            tracing::warn!(error = ?self.0, "a request failed");
+            tracing::warn!(error = ?this.0, "a request failed");
         }
-        (status, Json(self.0)).into_response()
+        (status, Json(this.0)).into_response()
     }
 }

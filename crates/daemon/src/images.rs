@@ -131,13 +131,22 @@ impl Images {
     }
 
     /// Fetches an image from its registry.
-    pub async fn pull(&self, request: PullRequest, progress: &Progress) -> Answer<ImageSummary> {
-        let result = self.try_pull(request, progress).await;
+    pub async fn pull(
+        &self,
+        reference: ImageReference,
+        request: PullRequest,
+        progress: &Progress,
+    ) -> Answer<ImageSummary> {
+        let result = self.try_pull(reference, request, progress).await;
         self.settled(result).await
     }
 
-    async fn try_pull(&self, request: PullRequest, progress: &Progress) -> Answer<ImageSummary> {
-        let reference: ImageReference = request.reference.parse()?;
+    async fn try_pull(
+        &self,
+        reference: ImageReference,
+        request: PullRequest,
+        progress: &Progress,
+    ) -> Answer<ImageSummary> {
         let lease = self.lease().await;
         let options = PullOptions {
             platform: request.platform,
@@ -157,14 +166,22 @@ impl Images {
     }
 
     /// Makes an image from the distribution's own packages.
-    pub async fn bootstrap(&self, request: BootstrapRequest, progress: &Progress) -> Answer<ImageSummary> {
-        let result = self.try_bootstrap(request, progress).await;
+    pub async fn bootstrap(
+        &self,
+        reference: ImageReference,
+        request: BootstrapRequest,
+        progress: &Progress,
+    ) -> Answer<ImageSummary> {
+        let result = self.try_bootstrap(reference, request, progress).await;
         self.settled(result).await
     }
 
-    async fn try_bootstrap(&self, request: BootstrapRequest, progress: &Progress) -> Answer<ImageSummary> {
-        let name = request.name.as_deref().unwrap_or(&request.recipe);
-        let reference: ImageReference = name.parse()?;
+    async fn try_bootstrap(
+        &self,
+        reference: ImageReference,
+        request: BootstrapRequest,
+        progress: &Progress,
+    ) -> Answer<ImageSummary> {
         let lease = self.lease().await;
         let options = BootstrapOptions {
             suite: request.recipe,
@@ -181,7 +198,7 @@ impl Images {
     pub async fn import(
         &self,
         source: impl Read + Send + 'static,
-        name: Option<&str>,
+        name: Option<ImageReference>,
         prepare: bool,
         progress: &Progress,
     ) -> Answer<Vec<ImageSummary>> {
@@ -192,14 +209,13 @@ impl Images {
     async fn try_import(
         &self,
         source: impl Read + Send + 'static,
-        name: Option<&str>,
+        name: Option<ImageReference>,
         prepare: bool,
         progress: &Progress,
     ) -> Answer<Vec<ImageSummary>> {
-        let reference = name.map(str::parse::<ImageReference>).transpose()?;
         let lease = self.lease().await;
         let options = ImportOptions {
-            reference: reference.as_ref().map(ToString::to_string),
+            reference: name.as_ref().map(ToString::to_string),
             limit: self.config.import_limit(),
             ..ImportOptions::default()
         };
@@ -456,7 +472,7 @@ impl Images {
         }
         // A text that is no reference at all gets that error.
         text.parse::<ImageReference>()?;
-        let shown: String = text.chars().take(200).collect();
+        let shown: String = text.chars().take(200).flat_map(char::escape_debug).collect();
         let hint = if shown.starts_with("debian:") {
             format!(
                 "make it with `offshoot image bootstrap {shown}`, or fetch it with `offshoot image pull {shown}`"

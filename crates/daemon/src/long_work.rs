@@ -11,11 +11,13 @@ use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures::StreamExt as _;
 use offshoot_api::progress::{Line, NDJSON};
+use offshoot_engine::operation;
 use offshoot_model::{Progress, ProgressEvent};
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 use tokio_util::task::AbortOnDropHandle;
+use tracing::Instrument as _;
 
 use crate::error::{Answer, Failure};
 
@@ -43,13 +45,15 @@ where
         })
     };
     let work = work(progress);
-    let task = AbortOnDropHandle::new(tokio::spawn(async move {
-        let line = match work.await {
+    let id = operation::current().unwrap_or_else(operation::new_id);
+    let task = async move {
+        let line = match work.await.map_err(Failure::of_this_operation) {
             Ok(result) => Line::Done { result },
             Err(Failure(error)) => Line::Failed { error },
         };
         let _ = sender.send(line);
-    }));
+    };
+    let task = AbortOnDropHandle::new(tokio::spawn(operation::within(id, task).in_current_span()));
     let lines = UnboundedReceiverStream::new(receiver).map(move |line| {
         // Moved into the stream: dropping the stream aborts the task.
         let _ = &task;

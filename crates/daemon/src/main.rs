@@ -6,15 +6,24 @@
 mod app;
 mod bases;
 mod blocking;
+mod body;
 mod choose;
 mod config;
+mod doctor;
 mod error;
 mod extract;
 mod images;
+mod log;
 mod long_work;
+mod operations;
+mod prometheus;
 mod prune;
+mod refusal;
 mod routes;
+mod serve;
+mod service_manager;
 mod socket;
+mod stats;
 mod sweep;
 mod time;
 mod usage;
@@ -22,10 +31,13 @@ mod verify;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::Parser;
-use tracing_subscriber::EnvFilter;
+use offshoot_engine::fail_point;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::App;
 use crate::config::DaemonConfig;
@@ -61,17 +73,12 @@ struct Arguments {
     log_json: bool,
 }
 
+/// How long a thread that waits for a disk may hold up the end.
+const DISK_PATIENCE: Duration = Duration::from_secs(2);
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
-    let filter = EnvFilter::try_from_env("OFFSHOOT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    let log = tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(std::io::stderr);
-    if arguments.log_json {
-        log.json().init();
-    } else {
-        log.with_target(false).init();
-    }
+    log::start(arguments.log_json);
     match run(arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -89,42 +96,78 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
+    if fail_point::arm()? {
+        tracing::warn!(
+            "this daemon will end itself at a chosen point: {} is set",
+            fail_point::VARIABLE
+        );
+    }
     let config = DaemonConfig::load(arguments.config.as_deref())?;
     let socket = arguments
         .socket
         .unwrap_or_else(|| arguments.run_dir.join("api.sock"));
     let runtime = tokio::runtime::Runtime::new().context("cannot start the async runtime")?;
     runtime.block_on(async {
-        let app = App::start(&arguments.data_dir, &arguments.run_dir, &socket, config).await?;
+        let signals = Signals::catch().context("cannot catch signals")?;
+        if let Err(error) = serve::raise_file_limit() {
+            tracing::warn!(%error, "cannot raise the limit of open files");
+        }
+        let app = App::start(
+            &arguments.data_dir,
+            &arguments.run_dir,
+            &socket,
+            arguments.config.as_deref(),
+            config,
+        )
+        .await?;
+        if let Some(address) = app.config.metrics_listen {
+            prometheus::listen(address, routes::metrics_alone(Arc::clone(&app))).await?;
+        }
         let listener = socket::listen(&socket, &app.config.socket_group)?;
         tracing::info!(socket = %socket.display(), data = %arguments.data_dir.display(), "ready");
-        let router = routes::router(app);
-        axum::serve(listener, router)
-            .with_graceful_shutdown(shutdown_asked())
-            .await
-            .context("the API server stopped")?;
+        let patience = app.config.patience();
+        let router = routes::router(app, patience);
+        service_manager::tell_ready(&socket);
+        serve::serve(listener, router, patience, signals.stop()).await;
         let _ = std::fs::remove_file(&socket);
         tracing::info!("stopped; VMs run on");
-        Ok(())
-    })
-    // Tasks of VMs and open sessions end with the runtime; the VMs do not.
+        anyhow::Ok(())
+    })?;
+    // Tasks of VMs and open sessions end here; the VMs do not. A thread that waits for a disk holds nothing up.
+    runtime.shutdown_timeout(DISK_PATIENCE);
+    Ok(())
 }
 
-/// Returns on SIGTERM or SIGINT. Open sessions do not hold the end up: two seconds later the process ends anyway.
-async fn shutdown_asked() {
-    use tokio::signal::unix::{SignalKind, signal};
-    let (Ok(mut terminate), Ok(mut interrupt)) =
-        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()))
-    else {
-        return std::future::pending().await;
-    };
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
+/// The signals that a daemon gets.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+    hang_up: Signal,
+}
+
+impl Signals {
+    /// From now on, none of them ends the process by itself.
+    fn catch() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            hang_up: signal(SignalKind::hangup())?,
+        })
     }
-    tokio::spawn(async {
-        tokio::time::sleep(std::time::Duration::from_secs(2)).await;
-        tracing::info!("stopped with open sessions; VMs run on");
-        std::process::exit(0);
-    });
+
+    /// Returns on SIGTERM or SIGINT. SIGHUP changes nothing, and the log says so: a terminal that went away shall not
+    /// take the daemon along, and settings are read at start only.
+    async fn stop(mut self) {
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => break,
+                _ = self.interrupt.recv() => break,
+                _ = self.hang_up.recv() => tracing::info!(
+                    "SIGHUP: settings are read at start only; restart the daemon to change them, VMs run on meanwhile"
+                ),
+            }
+        }
+        tracing::info!("stopping");
+        service_manager::tell_stopping();
+    }
 }

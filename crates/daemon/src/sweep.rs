@@ -308,7 +308,7 @@ mod tests {
             let tar = std::io::Cursor::new(tar.into_inner().unwrap());
             let images = &self.images;
             images
-                .import(tar, Some(name), true, &Progress::silent())
+                .import(tar, Some(name.parse().unwrap()), true, &Progress::silent())
                 .await
                 .unwrap();
         }

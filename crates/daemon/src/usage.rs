@@ -167,7 +167,7 @@ fn kernel_usage(kernels: &KernelStore, facts: &Facts) -> Answer<Vec<KernelUsage>
 }
 
 /// The disks and the logs in a VM's folder. What vanishes meanwhile is not counted.
-fn vm_files(dir: &Path) -> (VmDiskUsage, FileUsage) {
+pub fn vm_files(dir: &Path) -> (VmDiskUsage, FileUsage) {
     let (mut disk, mut logs) = (VmDiskUsage::default(), FileUsage::default());
     let mut pending = vec![dir.to_owned()];
     while let Some(dir) = pending.pop() {
@@ -201,7 +201,7 @@ fn is_log(name: &str) -> bool {
 }
 
 /// The processes that make up a running VM.
-fn pids_of(vm: &VmRecord, paths: &VmPaths) -> Vec<u32> {
+pub fn pids_of(vm: &VmRecord, paths: &VmPaths) -> Vec<u32> {
     let vmm = vm.life.machine.as_ref().map(|machine| &machine.process);
     let mut pids: Vec<_> = vmm
         .filter(|process| process.is_alive())
@@ -216,8 +216,14 @@ fn pids_of(vm: &VmRecord, paths: &VmPaths) -> Vec<u32> {
 }
 
 fn memory(vm: &VmRecord, paths: &VmPaths) -> Option<MemoryUsage> {
+    let sum = memory_of(vm, &pids_of(vm, paths));
+    (sum.processes > 0).then_some(sum)
+}
+
+/// The memory of these processes of a VM together.
+pub fn memory_of(vm: &VmRecord, pids: &[u32]) -> MemoryUsage {
     let mut sum = MemoryUsage::default();
-    for pid in pids_of(vm, paths) {
+    for &pid in pids {
         match offshoot_sys::smaps::memory_of(pid) {
             Ok(memory) => {
                 sum.processes += 1;
@@ -231,7 +237,7 @@ fn memory(vm: &VmRecord, paths: &VmPaths) -> Option<MemoryUsage> {
             Err(error) => tracing::debug!(vm = %vm.name, pid, %error, "cannot tell a process's memory"),
         }
     }
-    (sum.processes > 0).then_some(sum)
+    sum
 }
 
 /// What an item of a plan takes, out of what was measured.

@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 use tokio_util::io::ReaderStream;
 
 use super::error::{ClientError, ProtocolError};
+use super::reach;
 use crate::error::ApiError;
 
 /// The longest plain JSON answer: some ten thousand VMs with long command lines.
@@ -117,12 +118,7 @@ pub(super) async fn exchange(
         request: request_name.clone(),
         source,
     };
-    let stream = UnixStream::connect(socket)
-        .await
-        .map_err(|source| ClientError::Unreachable {
-            socket: socket.to_owned(),
-            source,
-        })?;
+    let stream = reach::connect(socket).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(HearingOut {
         stream,
         deaf_peer: false,

@@ -17,6 +17,8 @@ pub enum ClientError {
     Unreachable {
         /// Where the client tried.
         socket: PathBuf,
+        /// The group that may open it, where that is not root's.
+        group: Option<String>,
         /// What the operating system said.
         source: io::Error,
     },
@@ -109,11 +111,17 @@ impl Explain for ClientError {
 
     fn hints(&self) -> Vec<String> {
         match self {
-            Self::Unreachable { source, socket } if source.kind() == io::ErrorKind::PermissionDenied => {
-                vec![format!(
-                    "run this as root, or as a user who may open `{}`",
-                    socket.display()
-                )]
+            Self::Unreachable { source, group, .. } if source.kind() == io::ErrorKind::PermissionDenied => {
+                vec![match group {
+                    Some(group) => format!(
+                        "join the group `{group}`, which may use the daemon: `sudo usermod -aG {group} $USER`, then log in again; \
+                         or run this as root"
+                    ),
+                    None => "run this as root, or give the socket to a group (`socket_group` in the daemon's config): \
+                             `sudo groupadd --system offshoot`, restart `offshootd`, `sudo usermod -aG offshoot $USER`, \
+                             and log in again"
+                        .to_owned(),
+                }]
             }
             Self::Unreachable { .. } => vec![
                 "start the daemon: `offshootd`, or name its socket with `--socket` or OFFSHOOT_SOCKET"
@@ -134,5 +142,30 @@ impl Explain for ClientError {
                 vec!["compare the versions of client and daemon: `offshoot version`".to_owned()]
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_not_let_in_learns_how_to_get_in() {
+        let hint = |group: Option<&str>, kind: io::ErrorKind| {
+            let error = ClientError::Unreachable {
+                socket: "/run/offshoot/api.sock".into(),
+                group: group.map(str::to_owned),
+                source: kind.into(),
+            };
+            error.hints().join("\n")
+        };
+        let denied = hint(Some("vmusers"), io::ErrorKind::PermissionDenied);
+        assert!(denied.contains("`sudo usermod -aG vmusers $USER`"), "{denied}");
+        let denied = hint(None, io::ErrorKind::PermissionDenied);
+        assert!(
+            denied.contains("root") && denied.contains("socket_group"),
+            "{denied}"
+        );
+        assert!(hint(None, io::ErrorKind::NotFound).contains("start the daemon"));
     }
 }

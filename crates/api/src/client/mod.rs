@@ -5,7 +5,9 @@
 
 mod connection;
 mod error;
+mod lines;
 mod logs;
+mod reach;
 mod session;
 mod url;
 mod work;
@@ -20,18 +22,22 @@ use serde_json::Value;
 
 pub use connection::{AnswerBody, Upload};
 pub use error::{ClientError, ProtocolError};
+pub use lines::{Events, Lines};
 pub use logs::Logs;
 pub use session::{ClientMessage, DaemonMessage, Session, SessionSink, SessionStream};
 pub use work::Work;
 
 use crate::channel::ExecStart;
+use crate::doctor::{DoctorFixReport, DoctorReport};
+use crate::event::EventsQuery;
 use crate::image::{
     BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImagesQuery, ImportQuery,
     PrepareQuery, PullRequest, VerifyReport,
 };
 use crate::kernel::{DistroRequest, KernelSummary};
 use crate::prune::{PruneQuery, PruneReport};
-use crate::system::{DoctorReport, SystemInfo};
+use crate::stats::VmStats;
+use crate::system::SystemInfo;
 use crate::usage::DiskUsage;
 use crate::vm::{
     ArchiveQuery, ArchiveUnpacked, AttachQuery, KillQuery, ListQuery, LogsQuery, PATH_STAT_HEADER, PathStat,
@@ -66,9 +72,25 @@ impl Client {
         self.get("/v1/system/info").await
     }
 
-    /// Every check of every capability.
+    /// Every check of every capability, and of the daemon itself.
     pub async fn doctor(&self) -> Result<DoctorReport, ClientError> {
         self.get("/v1/system/doctor").await
+    }
+
+    /// What happened to which VM: the history, what happens next, or both. Dropping it ends it.
+    pub async fn events(&self, query: &EventsQuery) -> Result<Events, ClientError> {
+        let target = url::with_query("/v1/events", query);
+        Ok(Events::new(
+            self.send(Method::GET, &target, Upload::none()).await?.into_body(),
+        ))
+    }
+
+    /// Mends what can be mended safely, and checks again.
+    pub async fn doctor_fix(&self) -> Result<Work<DoctorFixReport>, ClientError> {
+        let answer = self
+            .send(Method::POST, "/v1/system/doctor/fix", Upload::none())
+            .await?;
+        Ok(Work::new(answer.into_body()))
     }
 
     /// What everything takes on disk, and VMs in memory.
@@ -101,6 +123,16 @@ impl Client {
         self.get(&url::vm(vm, "")).await
     }
 
+    /// What every running VM takes.
+    pub async fn stats(&self) -> Result<Vec<VmStats>, ClientError> {
+        self.get("/v1/stats").await
+    }
+
+    /// What one running VM takes.
+    pub async fn vm_stats(&self, vm: &str) -> Result<VmStats, ClientError> {
+        self.get(&url::vm(vm, "/stats")).await
+    }
+
     /// Removes a VM and everything that was its own.
     pub async fn remove_vm(&self, vm: &str, query: &RemoveQuery) -> Result<(), ClientError> {
         self.send(
@@ -115,6 +147,11 @@ impl Client {
     /// Starts a VM; answers when its main process was started.
     pub async fn start_vm(&self, vm: &str) -> Result<VmSummary, ClientError> {
         self.post(&url::vm(vm, "/start")).await
+    }
+
+    /// Undoes a start that is under way; answers when nothing of it is left.
+    pub async fn cancel_vm(&self, vm: &str) -> Result<VmSummary, ClientError> {
+        self.post(&url::vm(vm, "/cancel")).await
     }
 
     /// Shuts a VM down; answers when it is stopped.

@@ -2,13 +2,13 @@
 
 use axum::Json;
 use axum::body::Body;
-use axum::extract::{Path, Request, State};
+use axum::extract::{Request, State};
 use axum::http::HeaderValue;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use futures::{StreamExt as _, TryStreamExt as _};
-use offshoot_api::vm::{ArchiveQuery, ArchiveUnpacked, PATH_STAT_HEADER, PathStat};
-use offshoot_model::ErrorKind;
+use offshoot_api::vm::{ArchiveQuery, ArchiveUnpacked, PATH_STAT_HEADER, PathStat, VmPath};
+use offshoot_model::{ErrorKind, VmName};
 use tokio_util::io::StreamReader;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -16,15 +16,18 @@ use utoipa_axum::routes;
 use super::vms::live;
 use crate::app::Shared;
 use crate::error::{Answer, Failure};
-use crate::extract::Query;
+use crate::extract::{Named, Query};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(read, write))
 }
 
+/// The longest path that Linux takes, without its NUL.
+const MAX_PATH: usize = 4095;
+
 /// Guests know no other paths.
 fn absolute(query: &ArchiveQuery) -> Answer<&str> {
-    if query.path.starts_with('/') && !query.path.contains('\0') {
+    if query.path.starts_with('/') && !query.path.contains('\0') && query.path.len() <= MAX_PATH {
         return Ok(&query.path);
     }
     let shown: String = query
@@ -35,20 +38,19 @@ fn absolute(query: &ArchiveQuery) -> Answer<&str> {
         .collect();
     Err(Failure::new(
         ErrorKind::InvalidRequest,
-        format!("`{shown}` is not an absolute path"),
+        format!("`{shown}` is not an absolute path of at most {MAX_PATH} bytes"),
     )
     .hint("write VM:/path"))
 }
 
-#[utoipa::path(get, path = "/v1/vms/{vm}/archive", params(("vm" = String, Path), ArchiveQuery),
-    responses((status = 200, content_type = "application/x-tar", body = Vec<u8>),
-        (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(get, path = "/v1/vms/{vm}/archive", params(VmPath, ArchiveQuery),
+    responses((status = 200, content_type = "application/x-tar", body = Vec<u8>)))]
 async fn read(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<ArchiveQuery>,
 ) -> Answer<Response> {
-    let live = live(&app.engine.find(&name)?)?;
+    let live = live(&app.engine.find(name.as_str())?)?;
     let copied = live.agent.copy_out(absolute(&query)?).await?;
     let stat = PathStat {
         name: copied.stat.name,
@@ -86,16 +88,16 @@ fn escape(c: char) -> Vec<char> {
         .collect()
 }
 
-#[utoipa::path(put, path = "/v1/vms/{vm}/archive", params(("vm" = String, Path), ArchiveQuery),
+#[utoipa::path(put, path = "/v1/vms/{vm}/archive", params(VmPath, ArchiveQuery),
     request_body(content_type = "application/x-tar", content = Vec<u8>),
-    responses((status = 200, body = ArchiveUnpacked), (status = "4XX", body = offshoot_api::error::ApiError)))]
+    responses((status = 200, body = ArchiveUnpacked)))]
 async fn write(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<ArchiveQuery>,
     request: Request,
 ) -> Answer<Json<ArchiveUnpacked>> {
-    let live = live(&app.engine.find(&name)?)?;
+    let live = live(&app.engine.find(name.as_str())?)?;
     let body = request
         .into_body()
         .into_data_stream()

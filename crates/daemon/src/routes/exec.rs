@@ -2,17 +2,18 @@
 
 use std::time::Duration;
 
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Path, State};
+use axum::extract::State;
+use axum::extract::ws::{Message, WebSocket};
 use axum::response::Response;
 use futures::StreamExt as _;
 use offshoot_agent_proto::client::{ExecSession, OutputStream, ProcessEvent, StartRefusal};
 use offshoot_agent_proto::v1;
 use offshoot_api::channel::{self, ExecStart, Status};
 use offshoot_api::error::ApiError;
+use offshoot_api::vm::VmPath;
 use offshoot_engine::owner::VmHandle;
 use offshoot_engine::run::Live;
-use offshoot_model::{ErrorKind, ProcessConfig};
+use offshoot_model::{ErrorKind, ProcessConfig, VmName};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -20,6 +21,7 @@ use super::session::{feed, finish, prepared, send};
 use super::vms::live;
 use crate::app::Shared;
 use crate::error::Answer;
+use crate::extract::{Named, Upgrade};
 
 /// How long a client may take to say what it wants after it connected.
 const START_TIMEOUT: Duration = Duration::from_secs(10);
@@ -28,14 +30,14 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(exec))
 }
 
-#[utoipa::path(get, path = "/v1/vms/{vm}/exec", params(("vm" = String, Path)),
-    responses((status = 101, body = ExecStart), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(get, path = "/v1/vms/{vm}/exec", params(VmPath),
+    responses((status = 101, body = ExecStart)))]
 async fn exec(
     State(app): State<Shared>,
-    Path(name): Path<String>,
-    upgrade: WebSocketUpgrade,
+    Named(name): Named<VmName>,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
-    let handle = app.engine.find(&name)?;
+    let handle = app.engine.find(name.as_str())?;
     let live = live(&handle)?;
     Ok(prepared(upgrade).on_upgrade(move |socket| session(socket, handle, live)))
 }

@@ -1,7 +1,7 @@
 //! Images: list, pull, import, bootstrap, prepare, verify, remove.
 
 use axum::Json;
-use axum::extract::{Request, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use futures::StreamExt as _;
@@ -9,13 +9,15 @@ use offshoot_api::image::{
     BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImagesQuery, ImportQuery,
     PrepareQuery, PullRequest, VerifyReport,
 };
+use offshoot_api::progress::Line;
+use offshoot_image::reference::ImageReference;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::Shared;
 use crate::error::Answer;
-use crate::extract::{JsonBody, Query};
+use crate::extract::{JsonBody, Query, Upload};
 use crate::long_work;
 use crate::verify;
 
@@ -43,58 +45,76 @@ async fn list(
 }
 
 #[utoipa::path(delete, path = "/v1/images", params(ImageRemoveQuery),
-    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
+    responses((status = 204)))]
 async fn remove(State(app): State<Shared>, Query(query): Query<ImageRemoveQuery>) -> Answer<StatusCode> {
     app.images.remove(&query.reference, query.force).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
 #[utoipa::path(get, path = "/v1/images/inspect", params(ImageQuery),
-    responses((status = 200, body = ImageDetails), (status = "4XX", body = offshoot_api::error::ApiError)))]
+    responses((status = 200, body = ImageDetails)))]
 async fn inspect(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Answer<Json<ImageDetails>> {
     Ok(Json(app.images.inspect(&query.reference).await?))
 }
 
 #[utoipa::path(post, path = "/v1/images/pull", request_body = PullRequest,
-    responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
-async fn pull(State(app): State<Shared>, JsonBody(request): JsonBody<PullRequest>) -> Response {
-    long_work::answer(|progress| async move { app.images.pull(request, &progress).await })
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<ImageSummary>)))]
+async fn pull(State(app): State<Shared>, JsonBody(request): JsonBody<PullRequest>) -> Answer<Response> {
+    // Names are refused before there is an answer that could only fail.
+    let reference: ImageReference = request.reference.parse()?;
+    Ok(long_work::answer(|progress| async move {
+        app.images.pull(reference, request, &progress).await
+    }))
 }
 
 #[utoipa::path(post, path = "/v1/images/import", params(ImportQuery),
     request_body(content_type = "application/octet-stream", content = Vec<u8>),
-    responses((status = 200, content_type = "application/x-ndjson", body = [ImageSummary])))]
-async fn import(State(app): State<Shared>, Query(query): Query<ImportQuery>, request: Request) -> Response {
-    let body = request
-        .into_body()
-        .into_data_stream()
-        .map(|chunk| chunk.map_err(std::io::Error::other));
-    let source = SyncIoBridge::new(Box::pin(StreamReader::new(body)));
-    long_work::answer(|progress| async move {
-        app.images
-            .import(source, query.name.as_deref(), query.prepare, &progress)
-            .await
-    })
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<Vec<ImageSummary>>)))]
+async fn import(
+    State(app): State<Shared>,
+    Query(query): Query<ImportQuery>,
+    upload: Upload,
+) -> Answer<Response> {
+    let name: Option<ImageReference> = query.name.as_deref().map(str::parse).transpose()?;
+    let Upload { pieces, place } = upload;
+    let pieces = pieces.map(move |piece| {
+        // Held by whoever reads, which goes on for a moment when the work is cancelled.
+        let _ = &place;
+        piece.map_err(std::io::Error::other)
+    });
+    let source = SyncIoBridge::new(Box::pin(StreamReader::new(pieces)));
+    Ok(long_work::answer(|progress| async move {
+        app.images.import(source, name, query.prepare, &progress).await
+    }))
 }
 
 #[utoipa::path(post, path = "/v1/images/bootstrap", request_body = BootstrapRequest,
-    responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
-async fn bootstrap(State(app): State<Shared>, JsonBody(request): JsonBody<BootstrapRequest>) -> Response {
-    long_work::answer(|progress| async move { app.images.bootstrap(request, &progress).await })
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<ImageSummary>)))]
+async fn bootstrap(
+    State(app): State<Shared>,
+    JsonBody(request): JsonBody<BootstrapRequest>,
+) -> Answer<Response> {
+    let name = request.name.as_deref().unwrap_or(&request.recipe);
+    let reference: ImageReference = name.parse()?;
+    Ok(long_work::answer(|progress| async move {
+        app.images.bootstrap(reference, request, &progress).await
+    }))
 }
 
 #[utoipa::path(post, path = "/v1/images/prepare", params(PrepareQuery),
-    responses((status = 200, content_type = "application/x-ndjson", body = ImageSummary)))]
-async fn prepare(State(app): State<Shared>, Query(query): Query<PrepareQuery>) -> Response {
-    long_work::answer(
-        |progress| async move { app.images.prepare(&query.reference, query.force, &progress).await },
-    )
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<ImageSummary>)))]
+async fn prepare(State(app): State<Shared>, Query(query): Query<PrepareQuery>) -> Answer<Response> {
+    app.images.row(&query.reference).await?;
+    Ok(long_work::answer(|progress| async move {
+        app.images.prepare(&query.reference, query.force, &progress).await
+    }))
 }
 
 #[utoipa::path(post, path = "/v1/images/verify", params(ImageQuery),
-    responses((status = 200, content_type = "application/x-ndjson", body = VerifyReport)))]
-async fn verify(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Response {
-    long_work::answer(
-        |progress| async move { verify::verify(&app.images, &query.reference, &progress).await },
-    )
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<VerifyReport>)))]
+async fn verify(State(app): State<Shared>, Query(query): Query<ImageQuery>) -> Answer<Response> {
+    app.images.row(&query.reference).await?;
+    Ok(long_work::answer(|progress| async move {
+        verify::verify(&app.images, &query.reference, &progress).await
+    }))
 }

@@ -4,11 +4,12 @@ use std::io::Read;
 use std::path::{Path as FilePath, PathBuf};
 
 use axum::Json;
-use axum::extract::{Path, Request, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use axum::response::Response;
 use futures::StreamExt as _;
-use offshoot_api::kernel::{DistroRequest, KernelSummary};
+use offshoot_api::kernel::{DistroRequest, KernelPath, KernelSummary};
+use offshoot_api::progress::Line;
 use offshoot_kernel::{DistroOptions, KernelBundle};
 use offshoot_model::{ErrorKind, KernelId, Progress};
 use offshoot_sys::durable::StagingDir;
@@ -18,7 +19,7 @@ use utoipa_axum::routes;
 
 use crate::app::{App, Shared};
 use crate::error::{Answer, Failure};
-use crate::extract::JsonBody;
+use crate::extract::{JsonBody, Named, Upload};
 use crate::long_work;
 
 /// The most that a kernel and its modules may unpack to: a full distribution kernel with all modules has under 1 GiB.
@@ -70,7 +71,7 @@ async fn list(State(app): State<Shared>) -> Answer<Json<Vec<KernelSummary>>> {
 }
 
 #[utoipa::path(post, path = "/v1/kernels/distro", request_body = DistroRequest,
-    responses((status = 200, content_type = "application/x-ndjson", body = KernelSummary)))]
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<KernelSummary>)))]
 async fn add_distro(State(app): State<Shared>, JsonBody(request): JsonBody<DistroRequest>) -> Response {
     long_work::answer(|progress| async move {
         let options = DistroOptions {
@@ -83,13 +84,15 @@ async fn add_distro(State(app): State<Shared>, JsonBody(request): JsonBody<Distr
 
 #[utoipa::path(post, path = "/v1/kernels/files",
     request_body(content_type = "application/x-tar", content = Vec<u8>),
-    responses((status = 200, content_type = "application/x-ndjson", body = KernelSummary)))]
-async fn add_files(State(app): State<Shared>, request: Request) -> Response {
-    let body = request
-        .into_body()
-        .into_data_stream()
-        .map(|chunk| chunk.map_err(std::io::Error::other));
-    let source = SyncIoBridge::new(Box::pin(StreamReader::new(body)));
+    responses((status = 200, content_type = "application/x-ndjson", body = Line<KernelSummary>)))]
+async fn add_files(State(app): State<Shared>, upload: Upload) -> Response {
+    let Upload { pieces, place } = upload;
+    let pieces = pieces.map(move |piece| {
+        // Held by whoever reads, which goes on for a moment when the work is cancelled.
+        let _ = &place;
+        piece.map_err(std::io::Error::other)
+    });
+    let source = SyncIoBridge::new(Box::pin(StreamReader::new(pieces)));
     long_work::answer(|progress| async move {
         let staging = StagingDir::new(app.data_dir.join("tmp"), "kernel-upload").map_err(|error| {
             Failure::new(ErrorKind::Internal, format!("cannot unpack the upload: {error}"))
@@ -156,18 +159,9 @@ fn unpack(source: impl Read, into: &FilePath) -> Answer<Files> {
     })
 }
 
-fn parse_id(text: &str) -> Answer<KernelId> {
-    text.parse().map_err(|_| {
-        let shown: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-        Failure::new(ErrorKind::NotFound, format!("no such kernel: `{shown}`"))
-            .hint("see `offshoot kernel ls`")
-    })
-}
-
-#[utoipa::path(delete, path = "/v1/kernels/{id}", params(("id" = String, Path)),
-    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn remove(State(app): State<Shared>, Path(id): Path<String>) -> Answer<StatusCode> {
-    let id = parse_id(&id)?;
+#[utoipa::path(delete, path = "/v1/kernels/{id}", params(KernelPath),
+    responses((status = 204)))]
+async fn remove(State(app): State<Shared>, Named(id): Named<KernelId>) -> Answer<StatusCode> {
     let users: Vec<_> = app
         .engine
         .list()
@@ -189,10 +183,9 @@ async fn remove(State(app): State<Shared>, Path(id): Path<String>) -> Answer<Sta
     Ok(StatusCode::NO_CONTENT)
 }
 
-#[utoipa::path(post, path = "/v1/kernels/{id}/default", params(("id" = String, Path)),
-    responses((status = 200, body = KernelSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn set_default(State(app): State<Shared>, Path(id): Path<String>) -> Answer<Json<KernelSummary>> {
-    let id = parse_id(&id)?;
+#[utoipa::path(post, path = "/v1/kernels/{id}/default", params(KernelPath),
+    responses((status = 200, body = KernelSummary)))]
+async fn set_default(State(app): State<Shared>, Named(id): Named<KernelId>) -> Answer<Json<KernelSummary>> {
     app.kernels.set_default(&id)?;
     Ok(Json(summary(&app.kernels.get(&id)?, Some(&id))))
 }

@@ -1,24 +1,23 @@
 //! `logs`: what the main process wrote, or what the guest's console said.
 
-use std::collections::VecDeque;
-
 use axum::body::{Body, Bytes};
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::header::CONTENT_TYPE;
 use axum::response::{IntoResponse, Response};
 use bytes::BytesMut;
 use futures::stream;
 use offshoot_api::log_frame::{self, LogStream};
-use offshoot_api::vm::LogsQuery;
+use offshoot_api::vm::{LogsQuery, VmPath};
 use offshoot_engine::output::{Follow, Follower, Record, RecordKind};
 use offshoot_engine::owner::VmHandle;
+use offshoot_model::VmName;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use super::vms::may_write;
 use crate::app::Shared;
 use crate::error::{Answer, Failure};
-use crate::extract::Query;
+use crate::extract::{Named, Query};
 
 /// The most of a console log that is sent: the driver keeps less.
 const MAX_CONSOLE: usize = 1 << 20;
@@ -27,68 +26,106 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(logs))
 }
 
-#[utoipa::path(get, path = "/v1/vms/{vm}/logs", params(("vm" = String, Path), LogsQuery),
-    responses((status = 200, content_type = "application/vnd.docker.multiplexed-stream", body = Vec<u8>),
-        (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(get, path = "/v1/vms/{vm}/logs", params(VmPath, LogsQuery),
+    responses((status = 200, content_type = "application/vnd.docker.multiplexed-stream", body = Vec<u8>)))]
 async fn logs(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<LogsQuery>,
 ) -> Answer<Response> {
-    let handle = app.engine.find(&name)?;
+    let handle = app.engine.find(name.as_str())?;
     let headers = [(CONTENT_TYPE, log_frame::MEDIA_TYPE)];
     if query.console {
         return Ok((headers, Body::from(console(&handle).await)).into_response());
     }
-    let mut follower = handle.output.follow(Follow::Kept);
-    let mut printer = Printer {
-        timestamps: query.timestamps,
-        at_line_start: [true; 2],
+    let mut reading = Reading {
+        follower: handle.output.follow(Follow::Kept),
+        printer: Printer {
+            timestamps: query.timestamps,
+            at_line_start: [true; 2],
+        },
+        skip: Skip(0),
     };
-    // What is there already is read in one go, so that `--tail` can count from its end.
-    let there = tokio::task::spawn_blocking(move || {
-        let mut lines = Tail::new(query.tail);
-        while let Some(record) = follower.try_next()? {
-            lines.push(record);
-        }
-        Ok::<_, std::io::Error>((follower, lines.into_records()))
-    });
-    let (follower, there) = there
-        .await
-        .map_err(|_| Failure::broken("reading the log"))?
-        .map_err(|error| unreadable(&error))?;
-    let mut first = BytesMut::new();
-    for record in &there {
-        printer.print(record, &mut first);
+    if let Some(lines) = query.tail {
+        let all = handle.output.follow(Follow::Kept);
+        reading.skip = tokio::task::spawn_blocking(move || Skip::all_but(lines, all))
+            .await
+            .map_err(|_| Failure::broken("reading the log"))?
+            .map_err(|error| unreadable(&error))?;
     }
-    if !query.follow {
-        return Ok((headers, Body::from(first.freeze())).into_response());
+    // The first piece is read before the answer begins, so that a log that cannot be read is an error.
+    let (reading, first, all) = reading.piece().await.map_err(|error| unreadable(&error))?;
+    if all && !query.follow {
+        return Ok((headers, Body::from(first)).into_response());
     }
     let state = Following {
         handle,
-        follower,
-        printer,
-        first: Some(first.freeze()),
+        reading,
+        first: Some(first),
+        follow: query.follow,
     };
     let frames = stream::try_unfold(state, |mut state| async move {
         if let Some(first) = state.first.take() {
             return Ok(Some((first, state)));
         }
-        let Some(record) = next_or_end(&state.handle, &mut state.follower).await? else {
-            return Ok(None);
+        let (mut reading, piece, _) = state.reading.piece().await?;
+        let piece = match piece.is_empty() {
+            false => piece,
+            true if !state.follow => return Ok(None),
+            true => match next_or_end(&state.handle, &mut reading.follower).await? {
+                None => return Ok(None),
+                Some(record) => reading.frames_of(record),
+            },
         };
-        let mut frame = BytesMut::new();
-        state.printer.print(&record, &mut frame);
-        Ok::<_, std::io::Error>(Some((frame.freeze(), state)))
+        Ok::<_, std::io::Error>(Some((piece, Following { reading, ..state })))
     });
     Ok((headers, Body::from_stream(frames)).into_response())
 }
 
-struct Following {
-    handle: VmHandle,
+/// How much of a log is in memory at once for one client, who may be slow to take it.
+const PIECE: usize = 256 << 10;
+
+/// A reader of a log, with what it prints.
+struct Reading {
     follower: Follower,
     printer: Printer,
+    skip: Skip,
+}
+
+impl Reading {
+    /// Frames of what is there already, and whether that is all of it. Reads on a thread that may wait for the disk.
+    async fn piece(mut self) -> std::io::Result<(Self, Bytes, bool)> {
+        tokio::task::spawn_blocking(move || {
+            let mut frames = BytesMut::new();
+            while frames.len() < PIECE {
+                let Some(record) = self.follower.try_next()? else {
+                    return Ok((self, frames.freeze(), true));
+                };
+                self.print(record, &mut frames);
+            }
+            Ok((self, frames.freeze(), false))
+        })
+        .await?
+    }
+
+    fn frames_of(&mut self, record: Record) -> Bytes {
+        let mut frames = BytesMut::new();
+        self.print(record, &mut frames);
+        frames.freeze()
+    }
+
+    fn print(&mut self, record: Record, into: &mut BytesMut) {
+        if let Some(record) = self.skip.cut(record) {
+            self.printer.print(&record, into);
+        }
+    }
+}
+
+struct Following {
+    handle: VmHandle,
+    reading: Reading,
     first: Option<Bytes>,
+    follow: bool,
 }
 
 /// The next record, or `None` when the VM does not run and all is read.
@@ -128,59 +165,51 @@ fn unreadable(error: &std::io::Error) -> Failure {
     )
 }
 
-/// Keeps the records that hold the last so many lines.
-struct Tail {
-    limit: Option<u64>,
-    records: VecDeque<(Record, u64)>,
-    lines: u64,
+/// How many lines are left out at the beginning of a log.
+///
+/// They are counted first and left out while the log is read again: its last lines may be most of 64 MiB, and a client
+/// that does not take them would keep them in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Skip(u64);
+
+impl Skip {
+    /// All but the last `keep` lines of what is there.
+    fn all_but(keep: u64, mut follower: Follower) -> std::io::Result<Self> {
+        let mut count = Count::default();
+        while let Some(record) = follower.try_next()? {
+            count.add(&record);
+        }
+        Ok(Self(count.lines().saturating_sub(keep)))
+    }
+
+    /// What is left of the next record.
+    fn cut(&mut self, mut record: Record) -> Option<Record> {
+        while self.0 > 0 {
+            let end = record.data.iter().position(|b| *b == b'\n')?;
+            record.data = record.data.slice(end + 1..);
+            self.0 -= 1;
+        }
+        Some(record)
+    }
 }
 
-impl Tail {
-    fn new(limit: Option<u64>) -> Self {
-        Self {
-            limit,
-            records: VecDeque::new(),
-            lines: 0,
+/// Counts lines. The last one may not be ended yet.
+#[derive(Default)]
+struct Count {
+    ended: u64,
+    open: bool,
+}
+
+impl Count {
+    fn add(&mut self, record: &Record) {
+        self.ended += record.data.iter().filter(|b| **b == b'\n').count() as u64;
+        if let Some(last) = record.data.last() {
+            self.open = *last != b'\n';
         }
     }
 
-    fn push(&mut self, record: Record) {
-        let lines = record.data.iter().filter(|b| **b == b'\n').count() as u64;
-        self.lines += lines;
-        self.records.push_back((record, lines));
-        let Some(limit) = self.limit else { return };
-        // One line more is kept than asked for: the last one may not be ended yet.
-        while let Some((_, lines)) = self.records.front()
-            && self.lines - lines > limit
-        {
-            self.lines -= lines;
-            self.records.pop_front();
-        }
-    }
-
-    fn into_records(self) -> Vec<Record> {
-        let Some(limit) = self.limit else {
-            return self.records.into_iter().map(|(record, _)| record).collect();
-        };
-        let ends_open = self
-            .records
-            .back()
-            .is_some_and(|(record, _)| record.data.last().is_some_and(|b| *b != b'\n'));
-        let mut skip = (self.lines + u64::from(ends_open)).saturating_sub(limit);
-        let mut kept = Vec::new();
-        for (mut record, _) in self.records {
-            while skip > 0 {
-                let Some(end) = record.data.iter().position(|b| *b == b'\n') else {
-                    break;
-                };
-                record.data = record.data.slice(end + 1..);
-                skip -= 1;
-            }
-            if skip == 0 {
-                kept.push(record);
-            }
-        }
-        kept
+    fn lines(&self) -> u64 {
+        self.ended + u64::from(self.open)
     }
 }
 
@@ -242,20 +271,23 @@ mod tests {
 
     #[test]
     fn the_tail_counts_lines_from_the_end() {
-        let check = |limit: Option<u64>, expected: &str| {
-            let mut tail = Tail::new(limit);
-            for data in ["one\ntw", "o\nthr", "ee\nfour"] {
-                tail.push(record(data));
+        let check = |keep: u64, expected: &str| {
+            let records = ["one\ntw", "o\nthr", "ee\nfour"].map(record);
+            let mut count = Count::default();
+            for record in &records {
+                count.add(record);
             }
-            let seen: Vec<u8> = tail.into_records().iter().flat_map(|r| r.data.to_vec()).collect();
-            assert_eq!(String::from_utf8(seen).unwrap(), expected, "{limit:?}");
+            let mut skip = Skip(count.lines().saturating_sub(keep));
+            let seen = records.into_iter().filter_map(|record| skip.cut(record));
+            let seen: Vec<u8> = seen.flat_map(|record| record.data.to_vec()).collect();
+            assert_eq!(String::from_utf8(seen).unwrap(), expected, "{keep}");
         };
-        check(None, "one\ntwo\nthree\nfour");
-        check(Some(0), "");
-        check(Some(1), "four");
-        check(Some(2), "three\nfour");
-        check(Some(3), "two\nthree\nfour");
-        check(Some(9), "one\ntwo\nthree\nfour");
+        check(0, "");
+        check(1, "four");
+        check(2, "three\nfour");
+        check(3, "two\nthree\nfour");
+        check(9, "one\ntwo\nthree\nfour");
+        check(u64::MAX, "one\ntwo\nthree\nfour");
     }
 
     #[test]

@@ -1,24 +1,24 @@
 //! `attach`: the main process over a WebSocket.
 
 use axum::body::Bytes;
+use axum::extract::State;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Path, State};
 use axum::response::Response;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt as _, StreamExt as _};
 use offshoot_agent_proto::client::InputSender;
 use offshoot_api::channel::{self, Status, WindowSize};
 use offshoot_api::error::ApiError;
-use offshoot_api::vm::AttachQuery;
+use offshoot_api::vm::{AttachQuery, VmPath};
 use offshoot_engine::output::{Follow, Follower, RecordKind};
 use offshoot_engine::owner::VmHandle;
-use offshoot_model::{ErrorKind, VmState};
+use offshoot_model::{ErrorKind, VmName, VmState};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::Shared;
 use crate::error::Answer;
-use crate::extract::Query;
+use crate::extract::{Named, Query, Upgrade};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(attach))
@@ -97,15 +97,15 @@ pub(super) async fn feed(receiving: &mut Receiving, input: &InputSender, stdin: 
     }
 }
 
-#[utoipa::path(get, path = "/v1/vms/{vm}/attach", params(("vm" = String, Path), AttachQuery),
-    responses((status = 101), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(get, path = "/v1/vms/{vm}/attach", params(VmPath, AttachQuery),
+    responses((status = 101)))]
 async fn attach(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<AttachQuery>,
-    upgrade: WebSocketUpgrade,
+    Upgrade(upgrade): Upgrade,
 ) -> Answer<Response> {
-    let handle = app.engine.find(&name)?;
+    let handle = app.engine.find(name.as_str())?;
     // Before the answer: a client may start the VM as soon as it has it, and must miss nothing.
     let follower = handle.output.follow(if query.logs {
         Follow::Everything

@@ -1,11 +1,10 @@
-//! The daemon itself: what it is, what is wrong with its host, what everything takes, and what can go.
+//! The daemon itself: what it is, what everything takes, and what can go.
 
 use axum::Json;
 use axum::extract::State;
 use offshoot_api::prune::{PruneQuery, PruneReport};
-use offshoot_api::system::{DoctorReport, SystemInfo, VmmSummary};
+use offshoot_api::system::{SystemInfo, VmmSummary};
 use offshoot_api::usage::DiskUsage;
-use offshoot_model::{Finding, Severity};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -17,7 +16,6 @@ use crate::{sweep, usage};
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
         .routes(routes!(info))
-        .routes(routes!(doctor))
         .routes(routes!(df))
         .routes(routes!(preview, prune))
 }
@@ -46,9 +44,14 @@ async fn info(State(app): State<Shared>) -> Answer<Json<SystemInfo>> {
     };
     Ok(Json(SystemInfo {
         version: env!("CARGO_PKG_VERSION").into(),
+        api_version: offshoot_api::API_VERSION.into(),
         data_dir: app.data_dir.display().to_string(),
         run_dir: app.run_dir.display().to_string(),
+        socket: app.socket.display().to_string(),
+        config_file: app.config_file.as_ref().map(|path| path.display().to_string()),
         pid: std::process::id(),
+        started_ms: app.started.0,
+        uptime_s: app.started.1.elapsed().as_secs(),
         kvm: kvm.into(),
         kvm_explanation: probe.explanation.clone(),
         vmms,
@@ -59,27 +62,6 @@ async fn info(State(app): State<Shared>) -> Answer<Json<SystemInfo>> {
             .count() as u64,
         images: app.images.list().await?.len() as u64,
     }))
-}
-
-#[utoipa::path(get, path = "/v1/system/doctor", responses((status = 200, body = DoctorReport)))]
-async fn doctor(State(app): State<Shared>) -> Answer<Json<DoctorReport>> {
-    let mut findings = app.engine.check().await;
-    let integrity = app.engine.db().call(offshoot_store::db::Db::integrity).await?;
-    findings.push(Finding {
-        capability: "database".into(),
-        severity: if integrity == "ok" {
-            Severity::Ok
-        } else {
-            Severity::Failure
-        },
-        message: format!("integrity check: {integrity}"),
-        hint: if integrity == "ok" {
-            String::new()
-        } else {
-            "restore the database from a backup".into()
-        },
-    });
-    Ok(Json(DoctorReport { findings }))
 }
 
 #[utoipa::path(get, path = "/v1/system/df", responses((status = 200, body = DiskUsage)))]

@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::http::StatusCode;
 use offshoot_api::vm::{
     Decision, KillQuery, ListQuery, PassedOver, RemoveQuery, RenameQuery, ResetQuery, StopQuery, VmDetails,
-    VmSummary, WaitAnswer,
+    VmPath, VmSummary, WaitAnswer,
 };
 use offshoot_engine::capabilities::check_source;
 use offshoot_engine::definition::{Choice, VmRecord};
@@ -20,7 +20,7 @@ use utoipa_axum::routes;
 use crate::app::{App, Shared};
 use crate::choose;
 use crate::error::{Answer, Failure};
-use crate::extract::{JsonBody, Query};
+use crate::extract::{JsonBody, Named, Query};
 
 /// Seconds that a guest gets when the client names none, as Docker has it.
 const STOP_TIME_S: u32 = 10;
@@ -30,6 +30,7 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(create, list))
         .routes(routes!(inspect, remove))
         .routes(routes!(start))
+        .routes(routes!(cancel))
         .routes(routes!(stop))
         .routes(routes!(restart))
         .routes(routes!(kill))
@@ -75,7 +76,7 @@ fn quote(argv: &[String]) -> String {
 }
 
 #[utoipa::path(post, path = "/v1/vms", request_body = VmConfig,
-    responses((status = 201, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+    responses((status = 201, body = VmSummary)))]
 async fn create(
     State(app): State<Shared>,
     JsonBody(config): JsonBody<VmConfig>,
@@ -104,6 +105,11 @@ async fn create(
     for mount in &config.mounts {
         check_source(mount)?;
     }
+    // What is no reference, or names no image, is told before what this host lacks.
+    app.images.row(&config.image).await?;
+    let vms = app.engine.list().len() as u64;
+    app.admission
+        .admit_creation(config.memory, vms, app.config.uid_count)?;
     let vmm = choose::vmm(&app, config.vmm)?;
     let kernel = app.kernels.default()?;
     // Refused before anything is made; chosen when it is known how large the root is.
@@ -127,15 +133,15 @@ async fn create(
 
 #[utoipa::path(get, path = "/v1/vms", params(ListQuery), responses((status = 200, body = [VmSummary])))]
 async fn list(State(app): State<Shared>, Query(query): Query<ListQuery>) -> Json<Vec<VmSummary>> {
-    let vms = app.engine.list();
-    let shown = vms.iter().map(|handle| summary(&handle.view.borrow()));
-    Json(shown.filter(|vm| query.all || vm.state.has_vmm()).collect())
+    let vms = app.engine.records();
+    let shown = vms.iter().filter(|vm| query.all || vm.life.state.has_vmm());
+    Json(shown.map(|vm| summary(vm)).collect())
 }
 
-#[utoipa::path(get, path = "/v1/vms/{vm}", params(("vm" = String, Path)),
-    responses((status = 200, body = VmDetails), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn inspect(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmDetails>> {
-    let handle = app.engine.find(&name)?;
+#[utoipa::path(get, path = "/v1/vms/{vm}", params(VmPath),
+    responses((status = 200, body = VmDetails)))]
+async fn inspect(State(app): State<Shared>, Named(name): Named<VmName>) -> Answer<Json<VmDetails>> {
+    let handle = app.engine.find(name.as_str())?;
     let vm = handle.view.borrow().clone();
     let id = vm.id.clone();
     let timings = app.engine.db().call(move |db| db.stages(&id)).await?;
@@ -173,19 +179,22 @@ async fn inspect(State(app): State<Shared>, Path(name): Path<String>) -> Answer<
     }))
 }
 
-#[utoipa::path(delete, path = "/v1/vms/{vm}", params(("vm" = String, Path), RemoveQuery),
-    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(delete, path = "/v1/vms/{vm}", params(VmPath, RemoveQuery),
+    responses((status = 204)))]
 async fn remove(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<RemoveQuery>,
 ) -> Answer<StatusCode> {
-    app.engine.find(&name)?.ask(Request::Remove(query.force)).await?;
+    app.engine
+        .find(name.as_str())?
+        .ask(Request::Remove(query.force))
+        .await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
-async fn ask(app: &App, name: &str, request: Request) -> Answer<Json<VmSummary>> {
-    let vm = app.engine.find(name)?.ask(request).await?;
+async fn ask(app: &App, name: &VmName, request: Request) -> Answer<Json<VmSummary>> {
+    let vm = app.engine.find(name.as_str())?.ask(request).await?;
     Ok(Json(summary(&vm)))
 }
 
@@ -193,40 +202,43 @@ fn stop_time(query: &StopQuery) -> Duration {
     Duration::from_secs(query.time_s.unwrap_or(STOP_TIME_S).into())
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/start", params(("vm" = String, Path)),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn start(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
+#[utoipa::path(post, path = "/v1/vms/{vm}/start", params(VmPath),
+    responses((status = 200, body = VmSummary)))]
+async fn start(State(app): State<Shared>, Named(name): Named<VmName>) -> Answer<Json<VmSummary>> {
     ask(&app, &name, Request::Start).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/stop", params(("vm" = String, Path), StopQuery),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(post, path = "/v1/vms/{vm}/cancel", params(VmPath),
+    responses((status = 200, body = VmSummary)))]
+async fn cancel(State(app): State<Shared>, Named(name): Named<VmName>) -> Answer<Json<VmSummary>> {
+    ask(&app, &name, Request::Cancel).await
+}
+
+#[utoipa::path(post, path = "/v1/vms/{vm}/stop", params(VmPath, StopQuery),
+    responses((status = 200, body = VmSummary)))]
 async fn stop(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<StopQuery>,
 ) -> Answer<Json<VmSummary>> {
     ask(&app, &name, Request::Stop(stop_time(&query))).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/restart", params(("vm" = String, Path), StopQuery),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(post, path = "/v1/vms/{vm}/restart", params(VmPath, StopQuery),
+    responses((status = 200, body = VmSummary)))]
 async fn restart(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<StopQuery>,
 ) -> Answer<Json<VmSummary>> {
-    let handle = app.engine.find(&name)?;
-    handle.ask(Request::Stop(stop_time(&query))).await?;
-    let vm = handle.ask(Request::Start).await?;
-    Ok(Json(summary(&vm)))
+    ask(&app, &name, Request::Restart(stop_time(&query))).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/kill", params(("vm" = String, Path), KillQuery),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(post, path = "/v1/vms/{vm}/kill", params(VmPath, KillQuery),
+    responses((status = 200, body = VmSummary)))]
 async fn kill(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<KillQuery>,
 ) -> Answer<Json<VmSummary>> {
     let request = match query.signal.as_deref() {
@@ -246,45 +258,43 @@ async fn kill(
     ask(&app, &name, request).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/pause", params(("vm" = String, Path)),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn pause(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
+#[utoipa::path(post, path = "/v1/vms/{vm}/pause", params(VmPath),
+    responses((status = 200, body = VmSummary)))]
+async fn pause(State(app): State<Shared>, Named(name): Named<VmName>) -> Answer<Json<VmSummary>> {
     ask(&app, &name, Request::Pause).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/resume", params(("vm" = String, Path)),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn resume(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<VmSummary>> {
+#[utoipa::path(post, path = "/v1/vms/{vm}/resume", params(VmPath),
+    responses((status = 200, body = VmSummary)))]
+async fn resume(State(app): State<Shared>, Named(name): Named<VmName>) -> Answer<Json<VmSummary>> {
     ask(&app, &name, Request::Resume).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/reset", params(("vm" = String, Path), ResetQuery),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(post, path = "/v1/vms/{vm}/reset", params(VmPath, ResetQuery),
+    responses((status = 200, body = VmSummary)))]
 async fn reset(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<ResetQuery>,
 ) -> Answer<Json<VmSummary>> {
     ask(&app, &name, Request::Reset(query.force)).await
 }
 
-#[utoipa::path(post, path = "/v1/vms/{vm}/rename", params(("vm" = String, Path), RenameQuery),
-    responses((status = 200, body = VmSummary), (status = "4XX", body = offshoot_api::error::ApiError)))]
+#[utoipa::path(post, path = "/v1/vms/{vm}/rename", params(VmPath, RenameQuery),
+    responses((status = 200, body = VmSummary)))]
 async fn rename(
     State(app): State<Shared>,
-    Path(name): Path<String>,
+    Named(name): Named<VmName>,
     Query(query): Query<RenameQuery>,
 ) -> Answer<Json<VmSummary>> {
-    let new: VmName = query.name.parse().map_err(|error: offshoot_model::NameError| {
-        Failure::new(ErrorKind::InvalidRequest, error.to_string()).hint("choose a name such as `web-1`")
-    })?;
+    let new: VmName = query.name.parse()?;
     ask(&app, &name, Request::Rename(new)).await
 }
 
-#[utoipa::path(get, path = "/v1/vms/{vm}/wait", params(("vm" = String, Path)),
-    responses((status = 200, body = WaitAnswer), (status = "4XX", body = offshoot_api::error::ApiError)))]
-async fn wait(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json<WaitAnswer>> {
-    let handle = app.engine.find(&name)?;
+#[utoipa::path(get, path = "/v1/vms/{vm}/wait", params(VmPath),
+    responses((status = 200, body = WaitAnswer)))]
+async fn wait(State(app): State<Shared>, Named(name): Named<VmName>) -> Answer<Json<WaitAnswer>> {
+    let handle = app.engine.find(name.as_str())?;
     Ok(Json(WaitAnswer {
         exit: ended(&handle).await.life.exit,
     }))
