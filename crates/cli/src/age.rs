@@ -57,7 +57,8 @@ pub(crate) fn status(vm: &VmSummary, now_ms: u64) -> String {
     }
 }
 
-fn lower_first(text: &str) -> String {
+/// The same words in the middle of a line.
+pub(crate) fn lower_first(text: &str) -> String {
     let mut chars = text.chars();
     chars
         .next()

@@ -6,7 +6,9 @@ use clap::{Parser, Subcommand};
 use offshoot_api::client::Client;
 
 use crate::cp::{self, CpArgs};
+use crate::doctor::{self, DoctorArgs};
 use crate::error::Failure;
+use crate::events::{self, EventsArgs};
 use crate::exec::{self, ExecArgs};
 use crate::image::{self, ImageCommand};
 use crate::kernel::{self, KernelCommand};
@@ -14,6 +16,7 @@ use crate::logs::{self, LogsArgs};
 use crate::output::OutputArgs;
 use crate::prune::{self, PruneArgs};
 use crate::run::{self, AttachArgs, CreateArgs, RunArgs, StartArgs};
+use crate::stats::{self, StatsArgs};
 use crate::system::{self, CompletionArgs, SystemCommand};
 use crate::usage::{self, DfArgs};
 use crate::vm::{self, InspectArgs, KillArgs, PsArgs, RenameArgs, ResetArgs, RmArgs, StopArgs, VmsArgs};
@@ -81,8 +84,12 @@ enum Verb {
     Cp(CpArgs),
     /// Show what a VM's main process wrote
     Logs(LogsArgs),
+    /// Show what running VMs take, again and again
+    Stats(StatsArgs),
     /// Connect to a VM's main process
     Attach(AttachArgs),
+    /// Show what happens to VMs, and what happened
+    Events(EventsArgs),
     /// Wait until VMs do not run any more, and print their exit statuses
     Wait(VmsArgs),
     /// Give a VM another name
@@ -101,7 +108,7 @@ enum Verb {
     /// Delete what nothing needs any more
     Prune(PruneArgs),
     /// Check what this machine can do; status 1 when VMs cannot run
-    Doctor(OutputArgs),
+    Doctor(DoctorArgs),
     /// Write a completion script
     Completion(CompletionArgs),
     /// Show the versions of client and daemon
@@ -140,7 +147,9 @@ impl Cli {
             Verb::Exec(args) => exec::exec(client, *args).await,
             Verb::Cp(args) => cp::cp(client, &args).await,
             Verb::Logs(args) => logs::logs(client, &args).await,
+            Verb::Stats(args) => stats::stats(client, &args).await,
             Verb::Attach(args) => run::attach(client, &args).await,
+            Verb::Events(args) => events::events(client, &args).await,
             Verb::Wait(args) => vm::wait(client, &args).await,
             Verb::Rename(args) => vm::rename(client, &args).await,
             Verb::Image(command) => image::image(client, command).await,
@@ -148,7 +157,7 @@ impl Cli {
             Verb::System(SystemCommand::Info(args)) | Verb::Info(args) => system::info(client, args).await,
             Verb::Df(args) => usage::df(client, &args).await,
             Verb::Prune(args) => prune::prune(client, &args).await,
-            Verb::Doctor(args) => system::doctor(client, args).await,
+            Verb::Doctor(args) => doctor::doctor(client, args).await,
             Verb::Completion(args) => system::completion(&args),
             Verb::Version(args) => system::version(client, args).await,
             Verb::Images(args) => image::ls(client, &args).await,
@@ -201,7 +210,9 @@ mod tests {
           exec        Run a command in a running VM
           cp          Copy files between a VM and this machine
           logs        Show what a VM's main process wrote
+          stats       Show what running VMs take, again and again
           attach      Connect to a VM's main process
+          events      Show what happens to VMs, and what happened
           wait        Wait until VMs do not run any more, and print their exit statuses
           rename      Give a VM another name
           image       Work with images

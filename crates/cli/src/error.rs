@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use offshoot_api::channel::Status;
 use offshoot_api::client::ClientError;
 use offshoot_api::error::ApiError;
-use offshoot_model::ErrorKind;
+use offshoot_model::{ErrorKind, Explain};
 
 use crate::output::clean;
 
@@ -47,6 +47,14 @@ impl Failure {
     /// A wrong use of files or options that clap cannot see.
     pub(crate) fn invalid(message: impl Into<String>) -> Self {
         Self::new(ErrorKind::InvalidRequest, message)
+    }
+
+    /// What a value of ours says of itself, such as a name that is none.
+    pub(crate) fn explained(error: &dyn Explain) -> Self {
+        Self {
+            error: Some(ApiError::from_explained(error)),
+            status: ERROR,
+        }
     }
 
     /// A command that cannot be used so, as if clap had refused it.
@@ -168,7 +176,28 @@ fn render(error: &ApiError) -> String {
     for hint in &error.hints {
         let _ = writeln!(text, "hint: {}", clean(hint));
     }
+    if let Some(operation) = &error.operation
+        && is_worth_a_look(error.kind)
+    {
+        let _ = writeln!(text, "operation: {} (in the daemon's log)", clean(operation));
+    }
     text
+}
+
+/// Whether the daemon's log may say more: what a user asked for wrongly is said in full by the error itself.
+fn is_worth_a_look(kind: ErrorKind) -> bool {
+    match kind {
+        ErrorKind::InvalidRequest
+        | ErrorKind::NotFound
+        | ErrorKind::Conflict
+        | ErrorKind::WrongState
+        | ErrorKind::Cancelled => false,
+        ErrorKind::NotPossible
+        | ErrorKind::BadContent
+        | ErrorKind::NoSpace
+        | ErrorKind::Upstream
+        | ErrorKind::Internal => true,
+    }
 }
 
 #[cfg(test)]
@@ -185,6 +214,18 @@ mod tests {
           caused by: permission denied
         hint: add your user to the group `kvm`, or run `offshoot doctor`
         ");
+    }
+
+    #[test]
+    fn the_operation_is_named_where_the_log_says_more() {
+        let mut error = ApiError::new(ErrorKind::Internal, "cannot start VM `web`");
+        error.operation = Some("1a2b3c4d".into());
+        insta::assert_snapshot!(render(&error), @r"
+        error: cannot start VM `web`
+        operation: 1a2b3c4d (in the daemon's log)
+        ");
+        error.kind = ErrorKind::NotFound;
+        assert_eq!(render(&error), "error: cannot start VM `web`\n");
     }
 
     #[test]
@@ -210,6 +251,7 @@ mod tests {
     fn only_an_unreachable_daemon_has_status_3() {
         let unreachable = ClientError::Unreachable {
             socket: "/x".into(),
+            group: None,
             source: io::Error::from(io::ErrorKind::NotFound),
         };
         assert_eq!(Failure::from(unreachable).status, 3);

@@ -11,7 +11,7 @@ use crate::error::Failure;
 use crate::session::{Relay, exit_code, relay};
 use crate::signals::Signals;
 use crate::terminal::{check_tty, window_size};
-use crate::values::{env_arg, environment};
+use crate::values::{env_arg, environment, vm_ref};
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct ExecArgs {
@@ -45,7 +45,7 @@ pub(crate) async fn exec(client: &Client, args: ExecArgs) -> Result<u8, Failure>
     let (stdin, tty) = (args.interactive && !args.detach, args.tty);
     check_tty(stdin, tty)?;
     let mut words = args.vm_and_command.into_iter();
-    let vm = words.next().unwrap_or_default();
+    let vm = vm_ref(&words.next().unwrap_or_default()).map_err(Failure::usage)?;
     let process = ProcessConfig {
         argv: words.collect(),
         env: environment(&args.env_file, &args.env, |name| std::env::var(name).ok())?,

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
 use offshoot_api::client::{Client, ClientError};
 use offshoot_api::kernel::{DistroRequest, KernelSummary};
@@ -64,13 +65,14 @@ pub(crate) struct LsArgs {
 #[derive(Clone, Debug, Args)]
 pub(crate) struct RmArgs {
     /// Ids
-    #[arg(required = true, value_name = "KERNEL")]
+    #[arg(required = true, value_name = "KERNEL", value_parser = NonEmptyStringValueParser::new())]
     kernels: Vec<String>,
 }
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct DefaultArgs {
     /// Id
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     kernel: String,
 }
 

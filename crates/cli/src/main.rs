@@ -1,7 +1,7 @@
 //! `offshoot`: the command line. It turns words into requests and answers into text; the daemon does the rest.
 //!
 //! ```text
-//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ prune │ system ─► api::client ─► offshootd
+//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ prune │ events │ system ─► api::client ─► offshootd
 //!          └─ session (relay) ─ terminal, detach, signals
 //! ```
 
@@ -11,7 +11,9 @@ mod cp;
 mod credentials;
 mod decisions;
 mod detach;
+mod doctor;
 mod error;
+mod events;
 mod exec;
 mod image;
 mod kernel;
@@ -23,6 +25,7 @@ mod prune;
 mod run;
 mod session;
 mod signals;
+mod stats;
 mod system;
 mod terminal;
 mod timings;

@@ -140,7 +140,8 @@ pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Fail
 
 pub(crate) async fn start(client: &Client, args: &StartArgs) -> Result<u8, Failure> {
     if !args.attach {
-        return crate::vm::each(&args.vms, |vm| async move { client.start_vm(vm).await.map(drop) }).await;
+        let all = crate::vm::each(&args.vms, |vm| async move { client.start_vm(vm).await.map(drop) });
+        return crate::vm::or_cancel(client, &args.vms, all).await;
     }
     let [vm] = args.vms.as_slice() else {
         return Err(
@@ -155,7 +156,10 @@ pub(crate) async fn start(client: &Client, args: &StartArgs) -> Result<u8, Failu
     let session = client.attach(id, &AttachQuery { stdin, logs: false }).await?;
     tokio::select! {
         started = client.start_vm(id) => drop(started?),
-        () = signals.cancelled() => return Err(Failure::cancelled()),
+        () = signals.cancelled() => {
+            client.cancel_vm(id).await?;
+            return Err(Failure::cancelled());
+        }
     }
     exit_code(
         relay(

@@ -4,11 +4,11 @@ use clap::Args;
 use futures::{StreamExt, stream};
 use offshoot_api::client::{Client, ClientError};
 use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, ResetQuery, StopQuery, VmSummary};
-use offshoot_model::VmName;
 
 use crate::age;
 use crate::error::{ERROR, Failure, report_and_go_on};
 use crate::output::{Output, OutputArgs, json, line, now_ms, shorten, table};
+use crate::signals::Signals;
 use crate::timings;
 use crate::values::vm_ref;
 
@@ -98,7 +98,7 @@ pub(crate) struct RenameArgs {
     #[arg(value_parser = vm_ref)]
     vm: String,
     /// The new name
-    name: VmName,
+    name: String,
 }
 
 pub(crate) async fn ps(client: &Client, args: &PsArgs) -> Result<u8, Failure> {
@@ -152,10 +152,30 @@ pub(crate) async fn stop(client: &Client, args: &StopArgs) -> Result<u8, Failure
 
 pub(crate) async fn restart(client: &Client, args: &StopArgs) -> Result<u8, Failure> {
     let query = &StopQuery { time_s: args.time };
-    each(&args.vms, |vm| async move {
+    let all = each(&args.vms, |vm| async move {
         client.restart_vm(vm, query).await.map(drop)
-    })
-    .await
+    });
+    or_cancel(client, &args.vms, all).await
+}
+
+/// Waits for starts. Ctrl-C undoes those that are under way before this program ends.
+pub(crate) async fn or_cancel(
+    client: &Client,
+    vms: &[String],
+    starts: impl Future<Output = Result<u8, Failure>>,
+) -> Result<u8, Failure> {
+    let mut signals = Signals::catch()?;
+    tokio::select! {
+        done = starts => done,
+        () = signals.cancelled() => {
+            for vm in vms {
+                if let Err(error) = client.cancel_vm(vm).await {
+                    report_and_go_on(error.into());
+                }
+            }
+            Err(Failure::cancelled())
+        }
+    }
 }
 
 pub(crate) async fn kill(client: &Client, args: &KillArgs) -> Result<u8, Failure> {
@@ -194,7 +214,7 @@ pub(crate) async fn resume(client: &Client, args: &VmsArgs) -> Result<u8, Failur
 }
 
 pub(crate) async fn rename(client: &Client, args: &RenameArgs) -> Result<u8, Failure> {
-    client.rename_vm(&args.vm, args.name.as_str()).await?;
+    client.rename_vm(&args.vm, &args.name).await?;
     Ok(0)
 }
 

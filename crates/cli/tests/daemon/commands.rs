@@ -575,6 +575,56 @@ fn df_is_the_daemons_own_json() {
 }
 
 #[test]
+fn stats_are_shown_as_long_as_the_vm_runs() {
+    let sample = |n: u64| {
+        json!({"id": "abababababab", "name": "web", "state": "running", "read_at_us": n * 1_000_000,
+            "started_ms": 5, "cpu": {"used_us": n * 500_000, "vcpus": 1},
+            "memory": {"guest": 268_435_456, "processes": {"unique": 1_048_576}},
+            "disk": {}, "pids": {"current": 6}})
+    };
+    let asked = Arc::new(Mutex::new(0));
+    let count = Arc::clone(&asked);
+    let fake = Fake::start(move |line, _| {
+        let mut n = count.lock().unwrap();
+        *n += 1;
+        match (line, *n) {
+            // The VM is there twice in each call that follows below, and then it is stopped.
+            ("GET /v1/vms/web/stats", 1..=4 | 6..=7) => answer(200, &sample(*n)),
+            ("GET /v1/vms/web/stats", _) => answer(
+                409,
+                &json!({"kind": "wrong-state", "message": "cannot tell what VM `web` takes: it is stopped",
+                    "causes": [], "hints": ["start it with `offshoot start web`"]}),
+            ),
+            ("GET /v1/stats", _) => answer(200, &json!([])),
+            _ => not_found("no such VM"),
+        }
+    });
+    let output = fake.run(&["stats", "--no-stream", "web"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    insta::assert_snapshot!(text(&output.stdout), @r"
+    NAME   ID             CPU     MEMORY / GUEST   SHARED   DISK   READ / WRITTEN   PIDS
+    web    abababababab   50.0%   1MiB / 256MiB    0B       0B     0B / 0B          6
+    ");
+    let lines = fake.run(&["stats", "--output", "json", "web"]);
+    assert!(lines.status.success(), "{}", text(&lines.stderr));
+    let told: Vec<serde_json::Value> = text(&lines.stdout)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let times: Vec<_> = told.iter().map(|line| line[0]["read_at_us"].as_u64()).collect();
+    assert_eq!(times, [Some(3_000_000), Some(4_000_000)]);
+    // Not a terminal: one table after another, and no cursor is moved.
+    let tables = fake.run(&["stats", "web"]);
+    assert_eq!(text(&tables.stdout).matches("NAME").count(), 2);
+    assert!(!text(&tables.stdout).contains('\u{1b}'));
+    let gone = fake.run(&["stats", "web"]);
+    assert_eq!(gone.status.code(), Some(1));
+    assert!(text(&gone.stderr).contains("offshoot start web"));
+    let none = fake.run(&["stats", "--no-stream", "--output", "json"]);
+    assert_eq!(text(&none.stdout), "[]\n");
+}
+
+#[test]
 fn a_person_sees_what_would_go_and_may_say_no() {
     let fake = Fake::start(|line, _| {
         let removed = json!([{"kind": "base", "name": "abab", "bytes": 2_097_152}]);
