@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::{IMAGE, bin_dir, wait_until};
+use crate::{IMAGE, Launch, bin_dir, wait_until};
 
 fn folder() -> PathBuf {
     bin_dir().parent().expect("target").join("e2e/golden")
@@ -25,6 +25,27 @@ pub(crate) fn link_into(data: &Path) {
         assert!(status.is_ok_and(|status| status.success()), "cp -al");
     }
     std::fs::copy(golden.join("offshoot.db"), data.join("offshoot.db")).expect("the database");
+}
+
+/// Fills a data directory on another file system, with files of its own.
+pub(crate) fn copy_into(data: &Path) {
+    let golden = folder();
+    ensure(&golden);
+    for part in ["blobs", "bases", "kernels", "offshoot.db"] {
+        let status = Command::new("cp")
+            .args(["-a", "--sparse=always"])
+            .arg(golden.join(part))
+            .arg(data.join(part))
+            .status();
+        assert!(status.is_ok_and(|status| status.success()), "cp -a");
+    }
+}
+
+/// What such a copy takes, MiB.
+pub(crate) fn mib() -> u64 {
+    let golden = folder();
+    ensure(&golden);
+    crate::allocated(&golden).div_ceil(1 << 20)
 }
 
 /// The daemon that makes it; ended also when making it fails.
@@ -50,7 +71,7 @@ fn ensure(golden: &Path) {
     let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).expect("a folder");
     std::fs::set_permissions(&root, PermissionsExt::from_mode(0o711)).expect("chmod");
-    let mut daemon = Making(crate::spawn(&root, ""));
+    let mut daemon = Making(crate::spawn(&root, &Launch::default(), None));
     let socket = root.join("run/api.sock");
     let offshoot = |arguments: &[&str]| {
         let mut command = Command::new(bin_dir().join("offshoot"));

@@ -15,15 +15,22 @@
 )]
 #![expect(clippy::print_stderr, reason = "what a failed test said is for people")]
 
+mod agreement;
 mod blocks;
+mod exposition;
 mod facts;
+mod fake;
+mod forward;
 mod golden;
 mod http;
+mod inventory;
 mod layout;
-mod leaks;
+mod leftovers;
+mod namespace;
 mod processes;
 mod random;
 mod refusal;
+mod small_disk;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -31,15 +38,25 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use rustix::process::Signal;
+
+use namespace::Namespace;
+use small_disk::SmallDisk;
+
 pub use blocks::{allocated, flip_byte, own_copy, put_byte, sha256, sha256_of_data};
+pub use exposition::Scrape;
 pub use facts::{FILE_FACTS, ODD_FACTS, XATTR_FACTS, sample, unpack, view};
+pub use forward::Forwarder;
+pub use http::{Answer, answer_of, encoded, read_answer};
+pub use inventory::{Database, Inventory, Kind, Marks, descriptors};
 pub use layout::{Layout, ODD_FILES, odd_layer, tar_of};
-pub use leaks::Inventory;
 pub use processes::{Process, signal};
 pub use random::Random;
 pub use refusal::{refused, refused_by_the_api, stored};
+pub use small_disk::ReadOnly;
 
 /// The image that every test finds in its store.
 pub const IMAGE: &str = "debian:bookworm";
@@ -60,19 +77,19 @@ pub fn bin_dir() -> PathBuf {
 /// A daemon with directories of its own.
 pub struct Daemon {
     child: Child,
-    before: Inventory,
     small_disk: Option<SmallDisk>,
-    settings: String,
+    namespace: Option<Namespace>,
+    launch: Launch,
     root: tempfile::TempDir,
 }
 
-/// A mounted file system of its own; unmounted when dropped.
-struct SmallDisk(PathBuf);
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
-    }
+/// How the daemon is started, and started again.
+#[derive(Clone, Debug, Default)]
+struct Launch {
+    /// More lines of its config.
+    settings: String,
+    /// More of its environment.
+    env: Vec<(&'static str, String)>,
 }
 
 impl Daemon {
@@ -85,7 +102,25 @@ impl Daemon {
     pub fn start_with(settings: &str) -> Self {
         let root = Self::folder();
         golden::link_into(&root.path().join("data"));
-        Self::start_in(root, settings, None)
+        Self::start_in(root, settings)
+    }
+
+    /// As [`start`](Self::start), with more in the daemon's environment.
+    pub fn start_with_env(env: impl IntoIterator<Item = (&'static str, String)>) -> Self {
+        let root = Self::folder();
+        golden::link_into(&root.path().join("data"));
+        let launch = Launch {
+            env: env.into_iter().collect(),
+            ..Launch::default()
+        };
+        Self::launch_in(root, launch, None, false)
+    }
+
+    /// As [`start`](Self::start), in a network namespace that is the daemon's and its VMs' alone.
+    pub fn start_in_own_network() -> Self {
+        let root = Self::folder();
+        golden::link_into(&root.path().join("data"));
+        Self::launch_in(root, Launch::default(), None, true)
     }
 
     /// A daemon with the golden image and kernel, but nothing prepared; with more lines in its config.
@@ -94,26 +129,43 @@ impl Daemon {
         let data = root.path().join("data");
         golden::link_into(&data);
         remove_below(&data.join("bases"));
-        Self::start_in(root, settings, None)
+        Self::start_in(root, settings)
     }
 
     /// A daemon with nothing in it.
     pub fn start_empty() -> Self {
-        Self::start_in(Self::folder(), "", None)
+        Self::start_empty_with("")
+    }
+
+    /// The same, with more lines in its config.
+    pub fn start_empty_with(settings: &str) -> Self {
+        Self::start_in(Self::folder(), settings)
     }
 
     /// A daemon with nothing in it, whose data directory is a file system of so many MiB.
     pub fn start_on_small_disk(mib: u64) -> Self {
         let root = Self::folder();
+        let disk = SmallDisk::mount(&root.path().join("data"), mib);
+        Self::launch_in(root, Launch::default(), Some(disk), false)
+    }
+
+    /// As [`start`](Self::start), but its data directory is a file system that has so many MiB left beside the image.
+    pub fn start_on_small_disk_with_image(mib: u64) -> Self {
+        Self::start_on_small_disk_with(mib, "")
+    }
+
+    /// The same, with more lines in its config.
+    pub(crate) fn start_on_small_disk_with(mib: u64, settings: &str) -> Self {
+        let root = Self::folder();
         let data = root.path().join("data");
-        std::fs::create_dir(&data).expect("a folder");
-        let mounted = Command::new("mount")
-            .args(["-t", "tmpfs", "-o", &format!("size={mib}m"), "tmpfs"])
-            .arg(&data)
-            .status()
-            .expect("mount");
-        assert!(mounted.success(), "mount");
-        Self::start_in(root, "", Some(SmallDisk(data)))
+        let disk = SmallDisk::mount(&data, mib + golden::mib());
+        golden::copy_into(&data);
+        let launch = Launch {
+            // The whole disk is smaller than what is kept free elsewhere.
+            settings: format!("disk_reserve_mib = 0\n{settings}"),
+            ..Launch::default()
+        };
+        Self::launch_in(root, launch, Some(disk), false)
     }
 
     fn folder() -> tempfile::TempDir {
@@ -126,16 +178,28 @@ impl Daemon {
         root
     }
 
-    fn start_in(root: tempfile::TempDir, settings: &str, small_disk: Option<SmallDisk>) -> Self {
-        // A disk that the test itself mounted is no leak.
-        let mut before = Inventory::of(root.path());
-        before.mounts.clear();
-        let child = spawn(root.path(), settings);
+    fn start_in(root: tempfile::TempDir, settings: &str) -> Self {
+        let launch = Launch {
+            settings: settings.to_owned(),
+            ..Launch::default()
+        };
+        Self::launch_in(root, launch, None, false)
+    }
+
+    fn launch_in(
+        root: tempfile::TempDir,
+        launch: Launch,
+        small_disk: Option<SmallDisk>,
+        own_network: bool,
+    ) -> Self {
+        leftovers::sign(root.path());
+        let namespace = own_network.then(|| Namespace::make(&root.path().join("network")));
+        let child = spawn(root.path(), &launch, namespace.as_ref());
         let daemon = Self {
             child,
-            before,
             small_disk,
-            settings: settings.to_owned(),
+            namespace,
+            launch,
             root,
         };
         daemon.wait_ready();
@@ -207,10 +271,53 @@ impl Daemon {
         self.child.wait().expect("wait");
     }
 
+    /// SIGTERM; gives how it ended.
+    pub fn terminate(&mut self) -> std::process::ExitStatus {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("SIGTERM");
+        self.child.wait().expect("wait")
+    }
+
+    /// Starts it where it cannot run: it must end by itself, soon and with a failure. Gives what it logged.
+    pub fn fails_to_start(&mut self) -> String {
+        let before = self.log().len();
+        self.child = spawn(self.root.path(), &self.launch, self.namespace.as_ref());
+        let mut exit = None;
+        wait_until("the daemon to give up", || {
+            exit = self.child.try_wait().expect("wait");
+            exit.is_some()
+        });
+        assert!(exit.is_some_and(|exit| !exit.success()), "{exit:?}");
+        self.log()[before..].to_owned()
+    }
+
     /// Starts it again on the same directories.
     pub fn start_again(&mut self) {
-        self.child = spawn(self.root.path(), &self.settings);
+        self.start_again_with(&[]);
+    }
+
+    /// The same, with more in its environment.
+    pub fn start_again_with(&mut self, environment: &[(&'static str, &str)]) {
+        let mut launch = self.launch.clone();
+        let more = environment
+            .iter()
+            .map(|(name, value)| (*name, (*value).to_owned()));
+        launch.env.extend(more);
+        self.child = spawn(self.root.path(), &launch, self.namespace.as_ref());
         self.wait_ready();
+    }
+
+    /// Waits until it has ended by itself.
+    pub fn wait_ended(&mut self) {
+        let child = &mut self.child;
+        wait_until("the daemon to end", || {
+            child.try_wait().expect("wait for the daemon").is_some()
+        });
+    }
+
+    /// Whether it has ended.
+    pub fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("look at the daemon").is_some()
     }
 
     /// Deletes every base under the daemon's hands: the image's next use prepares it again.
@@ -247,24 +354,6 @@ impl Daemon {
         }
     }
 
-    /// Removes every VM, stops the daemon and fails if anything is left of it.
-    pub fn finish(mut self) {
-        self.remove_all();
-        assert_eq!(self.ok(["ps", "-aq"]), "", "VMs are left");
-        let data = self.data();
-        assert_eq!(names(&data.join("vms")), [""; 0], "files of VMs are left");
-        assert_eq!(names(&data.join("tmp")), [""; 0], "unpublished work is left");
-        assert_eq!(
-            names(&self.root.path().join("run/vms")),
-            [""; 0],
-            "sockets of VMs are left"
-        );
-        self.stop();
-        self.small_disk = None;
-        let after = Inventory::of(self.root.path());
-        assert_eq!(after, self.before, "something is left on this machine");
-    }
-
     fn remove_all(&self) {
         let ids = self.ok(["ps", "-aq"]);
         if !ids.is_empty() {
@@ -272,7 +361,8 @@ impl Daemon {
         }
     }
 
-    fn stop(&mut self) {
+    /// The same, for one that may have ended.
+    fn end(&mut self) {
         let pid = rustix::process::Pid::from_child(&self.child);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         let _ = self.child.wait();
@@ -286,7 +376,7 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log\n{}", self.log());
             let _ = self.cli(["ps", "-aq"]).run();
             if self.child.try_wait().is_ok_and(|exit| exit.is_some()) {
-                self.child = spawn(self.root.path(), &self.settings);
+                self.child = spawn(self.root.path(), &self.launch, self.namespace.as_ref());
                 let began = Instant::now();
                 while began.elapsed() < Duration::from_secs(5)
                     && !self.cli(["version"]).run().status.success()
@@ -302,25 +392,37 @@ impl Drop for Daemon {
                     .run();
             }
         }
-        self.stop();
+        self.end();
     }
 }
 
-fn spawn(root: &Path, settings: &str) -> Child {
+/// The agent that daemons are told to use: tests of the agent itself leave one beside the daemon that is not static.
+pub fn agent() -> PathBuf {
+    let target = bin_dir().parent().expect("target").to_owned();
+    target.join("x86_64-unknown-linux-gnu/agent/offshoot-agent")
+}
+
+fn spawn(root: &Path, launch: &Launch, namespace: Option<&Namespace>) -> Child {
     let config = root.join("config.toml");
-    // Tests of the agent itself leave one beside the daemon that is not static.
-    let agent = bin_dir()
-        .parent()
-        .expect("target")
-        .join("x86_64-unknown-linux-gnu/agent/offshoot-agent");
-    let lines = format!("agent = {:?}\n{settings}\n", agent.display().to_string());
+    let settings = &launch.settings;
+    let lines = if settings.starts_with("agent =") {
+        format!("{settings}\n")
+    } else {
+        format!("agent = {:?}\n{settings}\n", agent().display().to_string())
+    };
     std::fs::write(&config, lines).expect("the config");
     let log = File::options()
         .create(true)
         .append(true)
         .open(root.join("daemon.log"))
         .expect("the daemon's log");
-    Command::new(bin_dir().join("offshootd"))
+    let program = bin_dir().join("offshootd");
+    let mut command = match namespace {
+        Some(namespace) => namespace.enter(&program),
+        None => Command::new(program),
+    };
+    command
+        .envs(launch.env.iter().map(|(name, value)| (name, value)))
         .arg("--data-dir")
         .arg(root.join("data"))
         .arg("--run-dir")
@@ -333,6 +435,7 @@ fn spawn(root: &Path, settings: &str) -> Child {
             "OFFSHOOT_LOG",
             "info,offshoot_engine=debug,offshoot_vmm=debug,offshootd=debug",
         )
+        .env("NO_COLOR", "1")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log)
@@ -371,10 +474,20 @@ pub fn names(folder: &Path) -> Vec<String> {
 }
 
 /// Waits for a state. Fails the test after [`PATIENCE`].
-pub fn wait_until(what: &str, mut reached: impl FnMut() -> bool) {
+pub fn wait_until(what: &str, reached: impl FnMut() -> bool) {
+    assert!(comes_true(reached), "waited in vain for {what}");
+}
+
+/// Whether a state is reached within [`PATIENCE`].
+pub fn comes_true(mut reached: impl FnMut() -> bool) -> bool {
     let began = Instant::now();
-    while !reached() {
-        assert!(began.elapsed() < PATIENCE, "waited in vain for {what}");
+    loop {
+        if reached() {
+            return true;
+        }
+        if began.elapsed() >= PATIENCE {
+            return false;
+        }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
@@ -421,6 +534,23 @@ impl Cli {
 
     pub fn run(self) -> Output {
         self.spawn().wait_with_output().expect("the CLI ends")
+    }
+
+    /// It must end within [`PATIENCE`], however.
+    pub fn in_time(self) -> Output {
+        let shown = format!("{:?}", self.command);
+        let child = self.spawn();
+        let pid = rustix::process::Pid::from_child(&child);
+        let (done, ended) = mpsc::channel();
+        std::thread::spawn(move || done.send(child.wait_with_output()));
+        match ended.recv_timeout(PATIENCE) {
+            Ok(output) => output.expect("the CLI ends"),
+            Err(_) => {
+                // It still runs, so the id is still its own.
+                let _ = rustix::process::kill_process(pid, Signal::KILL);
+                panic!("{shown} hangs");
+            }
+        }
     }
 
     /// It must succeed; gives its standard output without the last newline.

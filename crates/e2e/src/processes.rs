@@ -78,6 +78,21 @@ pub fn signal(pid: i32, signal: Signal) {
 }
 
 impl Daemon {
+    /// The daemon's own process.
+    pub fn pid(&self) -> i32 {
+        i32::try_from(self.child.id()).expect("a pid")
+    }
+
+    /// Bytes of it that are in memory (`VmRSS` of proc_pid_status(5)).
+    pub fn resident(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let kib: u64 = line
+            .and_then(|line| line.trim().strip_suffix(" kB")?.trim().parse().ok())
+            .expect("VmRSS");
+        kib << 10
+    }
+
     /// Every virtiofsd of this daemon's VMs.
     pub fn virtiofsds(&self) -> Vec<Process> {
         let mut found = Process::all();
@@ -97,7 +112,7 @@ impl Daemon {
 
     /// kill -9 of the daemon and of every process that it is the parent of (VMMs are, too), all at one moment.
     pub fn kill_with_children(&mut self) {
-        let daemon = i32::try_from(self.child.id()).expect("a pid");
+        let daemon = self.pid();
         // Nothing can be started behind our back by one that stands still.
         signal(daemon, Signal::STOP);
         wait_until("the daemon to stand still", || {

@@ -19,14 +19,29 @@ impl Random {
         Self(seed)
     }
 
+    /// Another row of numbers, for another thread: it depends on the seed alone, not on what the others do.
+    pub fn fork(&mut self) -> Self {
+        Self(u64::from(self.next_u32()) << 32 | u64::from(self.next_u32()))
+    }
+
     /// From 0 to just below 1.
     pub fn fraction(&mut self) -> f64 {
+        // As exact as a test needs.
+        f64::from(self.next_u32()) / f64::from(u32::MAX)
+    }
+
+    /// From 0 to just below `end`, which is more than 0.
+    pub fn below(&mut self, end: usize) -> usize {
+        // The remainder prefers small numbers by less than one in a million for what tests choose from.
+        self.next_u32() as usize % end
+    }
+
+    fn next_u32(&mut self) -> u32 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
         let mut z = self.0;
         z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^= z >> 31;
-        // The upper 32 bits, as exact as a test needs.
-        f64::from((z >> 32) as u32) / f64::from(u32::MAX)
+        (z >> 32) as u32
     }
 }

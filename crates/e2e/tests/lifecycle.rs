@@ -1,6 +1,7 @@
 //! The life of a VM: states, restarts of the daemon, and that nothing is left behind.
 
-use offshoot_e2e::{Daemon, IMAGE, names, text, wait_until};
+use offshoot_e2e::{Daemon, IMAGE, names, signal, text, wait_until};
+use rustix::process::Signal;
 
 #[test]
 fn ten_vms_share_one_base_and_take_little_each() {
@@ -246,5 +247,23 @@ fn nothing_is_open_to_those_whom_it_does_not_concern() {
     assert_eq!(field("CapInh:"), "0000000000000000");
     assert_eq!(field("NoNewPrivs:"), "1");
     assert_eq!(field("Seccomp:"), "2");
+    daemon.finish();
+}
+
+#[test]
+fn ctrl_c_undoes_a_start() {
+    let daemon = Daemon::start();
+    daemon.ok(["create", "--name", "patient", IMAGE, "sleep", "1000"]);
+    let child = daemon.cli(["start", "patient"]).spawn();
+    wait_until("the start", || daemon.state("patient") == "starting");
+    wait_until("its VMM", || !daemon.vmms().is_empty());
+    signal(i32::try_from(child.id()).unwrap(), Signal::INT);
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", text(&output.stderr));
+    assert_eq!(daemon.state("patient"), "created", "as if nobody had started it");
+    assert_eq!(daemon.vmms().len(), 0);
+    assert_eq!(names(&daemon.root().join("run/vms")), [""; 0]);
+    daemon.ok(["start", "patient"]);
+    daemon.ok(["exec", "patient", "true"]);
     daemon.finish();
 }

@@ -1,0 +1,111 @@
+//! What a daemon and its VMs must have taken away again: at the end of every test, and whenever a test asks.
+
+use std::path::Path;
+
+use crate::inventory::{Database, Inventory, Kind, Marks, Scope, everything_below};
+use crate::namespace::Namespace;
+use crate::{Daemon, comes_true, descriptors, names, tell};
+
+/// Says in a test's folder whose it is, so that `scripts/verify` does not take what is in use for left over: the id and
+/// the start time of the test's process.
+pub(crate) fn sign(root: &Path) {
+    let stat = std::fs::read_to_string("/proc/self/stat").expect("/proc/self/stat");
+    // The 22nd field (proc_pid_stat(5)); the second may hold anything, but ends with the last parenthesis.
+    let rest = &stat[stat.rfind(')').expect("a name") + 1..];
+    let started = rest.split_whitespace().nth(19).expect("a start time");
+    let owner = format!("{} {started}\n", std::process::id());
+    std::fs::write(root.join("owner"), owner).expect("the owner");
+}
+
+impl Daemon {
+    /// The database of the running daemon.
+    pub fn database(&self) -> Database {
+        Database::open(&self.data())
+    }
+
+    /// By what this daemon's things are known.
+    pub fn marks(&self) -> Marks {
+        Marks::new(self.root(), &self.database().vm_ids())
+    }
+
+    /// The file of the network namespace that is the daemon's alone, if it has one.
+    pub fn network(&self) -> Option<&Path> {
+        self.namespace.as_ref().map(Namespace::file)
+    }
+
+    /// Everything there is of the running daemon: on the machine, in its folders, in its database, in its process.
+    pub fn inventory(&self) -> Inventory {
+        let marks = self.marks();
+        let mut inventory = Inventory::of_the_machine(Scope {
+            marks: &marks,
+            namespace: self.network(),
+        });
+        for folder in [self.data(), self.root().join("run")] {
+            inventory.add(
+                Kind::File,
+                everything_below(&folder).iter().map(|path| shown(path)),
+            );
+        }
+        inventory.add(Kind::Row, self.database().all_rows());
+        inventory.add(Kind::Descriptor, descriptors(self.pid()));
+        inventory
+    }
+
+    /// Waits until everything is as it was: connections close and tasks end a moment after the answer. Fails with the name
+    /// of what is not.
+    pub fn as_before(&self, before: &Inventory, after_what: &str) {
+        let mut changes = Vec::new();
+        let reached = comes_true(|| {
+            changes = self.inventory().since(before);
+            changes.is_empty()
+        });
+        assert!(
+            reached,
+            "after {after_what} the host is not as it was:\n{}",
+            changes.join("\n")
+        );
+        tell(&format!("as it was, after {after_what}"));
+    }
+
+    /// Removes every VM, stops the daemon and fails if anything is left of it.
+    pub fn finish(mut self) {
+        self.remove_all();
+        assert_eq!(self.ok(["ps", "-aq"]), "", "VMs are left");
+        let data = self.data();
+        assert_eq!(names(&data.join("vms")), [""; 0], "files of VMs are left");
+        assert_eq!(names(&data.join("tmp")), [""; 0], "unpublished work is left");
+        let run = self.root().join("run");
+        assert_eq!(names(&run.join("vms")), [""; 0], "sockets of VMs are left");
+        let database = self.database();
+        assert_eq!(database.rows_of_vms(), [""; 0], "rows of VMs are left");
+        assert_eq!(database.integrity(), "ok");
+        drop(database);
+
+        let marks = self.marks();
+        self.terminate();
+        self.small_disk = None;
+        self.namespace = None;
+        let scope = Scope {
+            marks: &marks,
+            namespace: None,
+        };
+        let mut after = Inventory::of_the_machine(scope);
+        // What lies in the data directory is the daemon's to keep, but nothing that is named after a VM.
+        let files = everything_below(self.root()).into_iter().map(|path| shown(&path));
+        let own = self.root().to_string_lossy().into_owned();
+        after.add(
+            Kind::File,
+            files.filter(|path| marks.are_in(path.strip_prefix(&own).unwrap_or(path))),
+        );
+        let changes = after.since(&Inventory::default());
+        assert!(
+            changes.is_empty(),
+            "left on this machine:\n{}",
+            changes.join("\n")
+        );
+    }
+}
+
+fn shown(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
