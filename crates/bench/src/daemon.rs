@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, bail};
 use serde_json::Value;
 
+use crate::http::Api;
 use crate::shared::Started;
 
 /// A daemon with an image and a kernel.
@@ -37,30 +38,48 @@ impl Daemon {
             .prefix("offshoot-bench-")
             .tempdir_in("/var/tmp")?;
         std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(0o711))?;
-        let log = std::fs::File::create(root.path().join("daemon.log"))?;
-        let child = Command::new(bin.join("offshootd"))
-            .arg("--data-dir")
-            .arg(root.path().join("data"))
-            .arg("--run-dir")
-            .arg(root.path().join("run"))
-            .arg("--socket")
-            .arg(root.path().join("run/api.sock"))
-            .env("OFFSHOOT_LOG", "warn")
-            .stdin(Stdio::null())
-            .stderr(log)
-            .spawn()
-            .context("cannot start offshootd")?;
+        let child = spawn(&bin, root.path(), "")?;
         let daemon = Self { bin, root, child };
-        let began = Instant::now();
-        while daemon.ok(&["system", "info"]).is_err() {
-            if began.elapsed() > Duration::from_secs(20) {
-                bail!("offshootd does not answer");
-            }
-            std::thread::park_timeout(Duration::from_millis(20));
-        }
+        daemon.wait_ready()?;
         daemon.ok(&["kernel", "add", "--distro"])?;
         daemon.ok(&["image", "bootstrap", IMAGE])?;
         Ok(daemon)
+    }
+
+    /// Waits until `system info` answers.
+    fn wait_ready(&self) -> Result<()> {
+        let (began, api) = (Instant::now(), Api::at(&self.socket()));
+        while api.call("GET", "/v1/system/info", None).is_err() {
+            if began.elapsed() > Duration::from_secs(60) {
+                bail!("offshootd does not answer");
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
+    /// kill -9.
+    pub(crate) fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Starts it again on the same directories, with these lines in its config; gives the time until it answers.
+    pub(crate) fn start_again(&mut self, settings: &str) -> Result<Duration> {
+        let began = Instant::now();
+        self.child = spawn(&self.bin, self.root.path(), settings)?;
+        self.wait_ready()?;
+        Ok(began.elapsed())
+    }
+
+    /// The daemon's process.
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.root.path().join("run/api.sock")
     }
 
     pub(crate) fn data(&self) -> PathBuf {
@@ -75,7 +94,7 @@ impl Daemon {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.bin.join("offshoot"));
         command
-            .env("OFFSHOOT_SOCKET", self.root.path().join("run/api.sock"))
+            .env("OFFSHOOT_SOCKET", self.socket())
             .args(arguments)
             .stdin(Stdio::null());
         command
@@ -154,4 +173,27 @@ impl Drop for Daemon {
         let _ = Command::new("kill").arg(self.child.id().to_string()).status();
         let _ = self.child.wait();
     }
+}
+
+fn spawn(bin: &Path, root: &Path, settings: &str) -> Result<Child> {
+    let config = root.join("config.toml");
+    std::fs::write(&config, settings)?;
+    let log = std::fs::File::options()
+        .create(true)
+        .append(true)
+        .open(root.join("daemon.log"))?;
+    Command::new(bin.join("offshootd"))
+        .arg("--data-dir")
+        .arg(root.join("data"))
+        .arg("--run-dir")
+        .arg(root.join("run"))
+        .arg("--socket")
+        .arg(root.join("run/api.sock"))
+        .arg("--config")
+        .arg(config)
+        .env("OFFSHOOT_LOG", "warn")
+        .stdin(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .context("cannot start offshootd")
 }

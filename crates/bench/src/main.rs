@@ -5,8 +5,10 @@
 
 #![expect(clippy::print_stdout, reason = "it prints what it measured")]
 
+mod api;
 mod bare;
 mod daemon;
+mod http;
 mod import;
 mod samples;
 mod shared;
@@ -25,7 +27,7 @@ const RUNS: usize = 15;
 const IMPORTS: usize = 5;
 
 /// Every comparison by its name.
-const NAMES: [&str; 3] = ["cold-run", "import", "shared"];
+const NAMES: [&str; 4] = ["cold-run", "import", "shared", "api"];
 
 fn main() -> Result<()> {
     let usage = || {
@@ -44,13 +46,14 @@ fn main() -> Result<()> {
     if names.is_empty() {
         names = NAMES.map(str::to_owned).to_vec();
     }
-    let daemon = Daemon::start(&bin)?;
+    let mut daemon = Daemon::start(&bin)?;
     println!("{}\n", daemon.ok(&["system", "info"])?);
     for name in names {
         match name.as_str() {
             "cold-run" => cold_run(&daemon, &init)?,
             "import" => import::against_the_usual_tools(&daemon, IMPORTS)?,
             "shared" => shared::many_vms_of_one_image(&daemon)?,
+            "api" => api::of_a_daemon_with_many_vms(&mut daemon, &bin)?,
             _ => bail!("{}", usage()),
         }
     }

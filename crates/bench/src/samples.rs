@@ -72,7 +72,7 @@ impl Samples {
     pub(crate) fn print(&self, name: &str) {
         let unit = self.unit.name();
         println!(
-            "  {name:<34} N {:>3}   p50 {:>9.1} {unit}   p90 {:>9.1} {unit}   p99 {:>9.1} {unit}",
+            "  {name:<34} N {:>3}   p50 {:>9.2} {unit}   p90 {:>9.2} {unit}   p99 {:>9.2} {unit}",
             self.values.len(),
             self.percentile(50),
             self.percentile(90),

@@ -40,6 +40,18 @@ pub(crate) fn pss(pid: u32) -> Result<u64> {
     Ok(kib * 1024)
 }
 
+/// The resident set size of a process, bytes: every page that it has in RAM.
+pub(crate) fn rss(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let text = std::fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))?;
+    let line = text
+        .lines()
+        .find(|line| line.starts_with("VmRSS:"))
+        .context("no VmRSS")?;
+    let kib: u64 = line.split_whitespace().nth(1).context("no number")?.parse()?;
+    Ok(kib * 1024)
+}
+
 /// Every process of a VM: those whose command line names one of its folders, or that write there. Its VMM does, and
 /// every virtiofsd logs there.
 pub(crate) fn processes_of(vm_id: &str) -> Result<Vec<u32>> {
