@@ -5,7 +5,7 @@ PROFILE ?= release
 BIN     := target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 AGENT   := target/$(TARGET)/agent/offshoot-agent
 
-.PHONY: help build agent demo check test e2e bench soak verify install-deps install clean
+.PHONY: help build agent demo check test e2e bench soak verify install-deps install install-files clean
 
 help: ## Show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,12 +43,18 @@ soak: ## The tests of crashes and races, again and again with other random point
 bench: install-deps build ## Print the benchmarks, all or ONLY=shared (root)
 	@BIN=$(BIN) ONLY="$(ONLY)" scripts/bench
 
-verify: ## Look for what tests or VMs left on this machine
-	@scripts/verify
+verify: install-deps ## Run whole lives of VMs, and fail on anything that is not as it was before (root)
+	$(MAKE) build PROFILE=dev
+	scripts/test verify
 
-install: build ## Install to /usr/local
+install: build install-files ## Install to /usr/local, with a systemd unit (DESTDIR=)
+
+# What was built already.
+install-files:
 	install -D -m 0755 $(BIN)/offshoot $(BIN)/offshootd -t $(DESTDIR)/usr/local/bin
 	install -D -m 0755 $(AGENT) $(DESTDIR)/usr/local/bin/offshoot-agent
+	install -D -m 0644 packaging/offshootd.service -t $(DESTDIR)/usr/local/lib/systemd/system
+	install -D -m 0644 docs/config.md -t $(DESTDIR)/usr/local/share/doc/offshoot
 
 clean: ## Delete what was built
 	cargo clean
