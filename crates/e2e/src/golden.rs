@@ -58,18 +58,24 @@ impl Drop for Making {
     }
 }
 
-/// Makes the golden directory unless it is there. One process makes it, others wait.
+/// Makes the golden directory unless it is there; one whose kernel has another agent gets a new kernel. One process makes
+/// it, others wait.
 fn ensure(golden: &Path) {
     let parent = golden.parent().expect("target/e2e");
     std::fs::create_dir_all(parent).expect("target/e2e");
     let lock = File::create(parent.join("golden.lock")).expect("a lock file");
     lock.lock().expect("the lock");
-    if golden.join("offshoot.db").exists() {
+    let (agent, made_with) = (crate::sha256(&crate::agent()), parent.join("golden.agent"));
+    let there = golden.join("offshoot.db").exists();
+    if there && std::fs::read_to_string(&made_with).is_ok_and(|hash| hash == agent) {
         return;
     }
     let root = parent.join("making");
     let _ = std::fs::remove_dir_all(&root);
     std::fs::create_dir_all(&root).expect("a folder");
+    if there {
+        std::fs::rename(golden, root.join("data")).expect("rename");
+    }
     std::fs::set_permissions(&root, PermissionsExt::from_mode(0o711)).expect("chmod");
     let mut daemon = Making(crate::spawn(&root, &Launch::default(), None));
     let socket = root.join("run/api.sock");
@@ -85,7 +91,13 @@ fn ensure(golden: &Path) {
     wait_until("the daemon to answer", || {
         offshoot(&["system", "info"]).status.success()
     });
-    for arguments in [&["kernel", "add", "--distro"][..], &["image", "bootstrap", IMAGE]] {
+    // A daemon puts its agent into the kernel when it starts; the kernel that was is then nobody's.
+    let commands: &[&[&str]] = if there {
+        &[&["prune", "--force", "--grace", "0s"]]
+    } else {
+        &[&["kernel", "add", "--distro"], &["image", "bootstrap", IMAGE]]
+    };
+    for arguments in commands {
         let output = offshoot(arguments);
         assert!(
             output.status.success(),
@@ -103,5 +115,6 @@ fn ensure(golden: &Path) {
         "the daemon did not close its database"
     );
     std::fs::rename(root.join("data"), golden).expect("rename");
+    std::fs::write(made_with, agent).expect("a note");
     let _ = std::fs::remove_dir_all(&root);
 }
