@@ -104,6 +104,12 @@ fn crash_at(daemon: &mut Daemon, share: &str, point: &Point) {
             .any(|state| states.contains(&format!("\"state\": \"{state}\"")))
             && (daemon.vmms().is_empty() || states.contains("\"state\": \"running\""))
     });
+    if point.operation == "remove" {
+        // A removal that was announced is finished.
+        wait_until(&format!("the removal after {text_of_point}"), || {
+            daemon.ok(["ps", "-aq"]).is_empty()
+        });
+    }
     if daemon.ok(["ps", "-aq"]).is_empty() {
         assert_eq!(names(&daemon.data().join("vms")), [""; 0], "{text_of_point}");
         assert_eq!(names(&daemon.root().join("run/vms")), [""; 0], "{text_of_point}");
