@@ -162,9 +162,9 @@ fn a_daemon_that_dies_at_any_stage_leaves_whole_vms_and_nothing_else() {
     crash_everywhere(Daemon::start_fake(""));
 }
 
-/// The same with real guests: half an hour.
+/// The same with real guests: five minutes.
 #[test]
-#[ignore = "takes half an hour; `make soak` runs it"]
+#[ignore = "takes five minutes; `make soak` runs it"]
 fn a_daemon_that_dies_at_any_stage_leaves_whole_real_vms() {
     crash_everywhere(Daemon::start());
 }
