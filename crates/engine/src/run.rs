@@ -225,7 +225,7 @@ impl Run {
     }
 
     /// How long the next `stop` hook may wait for the guest: what is left of the time that it was given, but never less
-    /// than [`LEAST_GRACE`]. `None` when nobody waits.
+    /// than two seconds. `None` when nobody waits.
     pub fn grace(&self) -> Option<Duration> {
         let notes = self.notes();
         match notes.ending {
