@@ -202,15 +202,7 @@ mod tests {
         }
     }
 
-    const STATES: [VmState; 7] = [
-        VmState::Created,
-        VmState::Starting,
-        VmState::Running,
-        VmState::Paused,
-        VmState::Stopping,
-        VmState::Stopped,
-        VmState::Failed,
-    ];
+    const STATES: [VmState; 7] = VmState::ALL;
 
     #[test]
     fn every_refusal_names_a_command() {

@@ -33,6 +33,17 @@ pub enum VmState {
 }
 
 impl VmState {
+    /// Every state, for counts, tables and tests.
+    pub const ALL: [Self; 7] = [
+        Self::Created,
+        Self::Starting,
+        Self::Running,
+        Self::Paused,
+        Self::Stopping,
+        Self::Stopped,
+        Self::Failed,
+    ];
+
     /// Whether a VMM process belongs to this state.
     pub fn has_vmm(self) -> bool {
         matches!(

@@ -40,15 +40,7 @@ const BUCKETS: [f64; 16] = [
 const SORT_EVERY: Duration = Duration::from_secs(10);
 
 /// Every state, so that one that no VM is in shows as 0.
-const STATES: [VmState; 7] = [
-    VmState::Created,
-    VmState::Starting,
-    VmState::Running,
-    VmState::Paused,
-    VmState::Stopping,
-    VmState::Stopped,
-    VmState::Failed,
-];
+const STATES: [VmState; 7] = VmState::ALL;
 
 /// Everything that is counted.
 pub struct Numbers {
