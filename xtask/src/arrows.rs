@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 
 /// Every crate of the workspace with those it may use directly, highest first.
-const ARROWS: [(&str, &[&str]); 17] = [
+const ARROWS: [(&str, &[&str]); 18] = [
     ("e2e", &[]),
     ("bench", &[]),
     ("bench-init", &[]),
@@ -20,6 +20,7 @@ const ARROWS: [(&str, &[&str]); 17] = [
             "image",
             "kernel",
             "model",
+            "net",
             "rootfs",
             "store",
             "sys",
@@ -28,12 +29,22 @@ const ARROWS: [(&str, &[&str]); 17] = [
     ),
     (
         "engine",
-        &["agent-proto", "kernel", "model", "rootfs", "store", "sys", "vmm"],
+        &[
+            "agent-proto",
+            "kernel",
+            "model",
+            "net",
+            "rootfs",
+            "store",
+            "sys",
+            "vmm",
+        ],
     ),
     ("rootfs", &["image", "model", "store", "sys"]),
     ("image", &["model", "store", "sys"]),
     ("kernel", &["model", "sys"]),
     ("vmm", &["model", "sys"]),
+    ("net", &["model", "sys"]),
     ("store", &["model", "sys"]),
     ("api", &["model"]),
     ("agent", &["agent-proto", "model"]),

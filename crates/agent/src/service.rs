@@ -85,6 +85,8 @@ impl Agent for Service {
     type MainOutputStream = Replies<v1::MainOutputReply>;
     type ExecStream = ReceiverStream<Result<v1::ExecReply, Status>>;
     type CopyOutStream = ReceiverStream<Result<v1::CopyOutReply, Status>>;
+    type SshStream = ReceiverStream<Result<v1::SshBytes, Status>>;
+    type SessionsStream = ReceiverStream<Result<v1::SessionsReply, Status>>;
 
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloReply>, Status> {
         Ok(Response::new(v1::HelloReply {
@@ -231,5 +233,16 @@ impl Agent for Service {
         Ok(Response::new(v1::ShutdownReply {
             clean: shut_down.await?,
         }))
+    }
+
+    async fn ssh(&self, _: Request<Streaming<v1::SshRequest>>) -> Result<Response<Self::SshStream>, Status> {
+        Err(Status::unimplemented("there is no SSH server yet"))
+    }
+
+    async fn sessions(
+        &self,
+        _: Request<v1::SessionsRequest>,
+    ) -> Result<Response<Self::SessionsStream>, Status> {
+        Err(Status::unimplemented("sessions are not counted yet"))
     }
 }

@@ -1,6 +1,8 @@
 //! What is kept of a VM: the request and every decision made for it, and where its life stands.
 
-use offshoot_model::{BaseId, Digest, ExitStatus, KernelId, ProcessConfig, VmConfig, VmId, VmName, VmState};
+use offshoot_model::{
+    Attachment, BaseId, Digest, ExitStatus, KernelId, ProcessConfig, VmConfig, VmId, VmName, VmState,
+};
 use offshoot_store::db::{DbError, VmRow, VmRunUpdate};
 use offshoot_vmm::MachineState;
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,9 @@ pub struct VmDefinition {
     pub vmm: Choice,
     /// Which root back end.
     pub root: Choice,
+    /// What it was given on its network; absent when it is on none.
+    #[serde(default)]
+    pub attachment: Option<Attachment>,
 }
 
 /// One VM as the engine knows it; the database holds the same.

@@ -196,6 +196,7 @@ impl Engine {
                 stop_signal,
                 vmm: request.vmm,
                 root: request.root,
+                attachment: None,
             },
             created_ms: now_ms(),
             life: Life::new(),

@@ -43,6 +43,19 @@ impl Agent for Service {
     type MainOutputStream = Replies<v1::MainOutputReply>;
     type ExecStream = Replies<v1::ExecReply>;
     type CopyOutStream = stream::Empty<Result<v1::CopyOutReply, Status>>;
+    type SshStream = stream::Empty<Result<v1::SshBytes, Status>>;
+    type SessionsStream = stream::Empty<Result<v1::SessionsReply, Status>>;
+
+    async fn ssh(&self, _: Request<Streaming<v1::SshRequest>>) -> Result<Response<Self::SshStream>, Status> {
+        Err(Status::unimplemented("there is no SSH server yet"))
+    }
+
+    async fn sessions(
+        &self,
+        _: Request<v1::SessionsRequest>,
+    ) -> Result<Response<Self::SessionsStream>, Status> {
+        Err(Status::unimplemented("sessions are not counted yet"))
+    }
 
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloReply>, Status> {
         Ok(Response::new(self.guest.describe()))

@@ -8,6 +8,7 @@ mod error;
 mod event;
 mod finding;
 mod id;
+mod network;
 mod object;
 mod progress;
 mod size;
@@ -20,6 +21,10 @@ pub use error::{ErrorKind, Explain};
 pub use event::{Event, EventAction};
 pub use finding::{Finding, Fix, Severity};
 pub use id::{BaseId, IdError, KernelId, NameError, OperationId, VmId, VmName};
+pub use network::{
+    Allowed, Attachment, Mac, MacError, Network, NetworkChoice, NetworkConfig, NetworkName, NetworkNameError,
+    PublishedPort, SshConfig, Transport,
+};
 pub use object::{KernelObject, ObjectKind};
 pub use progress::{Progress, ProgressEvent, ProgressUnit, TaskId};
 pub use size::{ByteSize, ByteSizeError};

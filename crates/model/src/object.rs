@@ -14,6 +14,8 @@ pub enum ObjectKind {
     Process,
     /// A control group; the name is its folder.
     Cgroup,
+    /// A TAP device; the name is the interface's.
+    Tap,
 }
 
 impl ObjectKind {
@@ -23,6 +25,7 @@ impl ObjectKind {
             Self::Folder => "folder",
             Self::Process => "process",
             Self::Cgroup => "cgroup",
+            Self::Tap => "tap",
         }
     }
 }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ByteSize, VmName};
+use crate::{ByteSize, NetworkConfig, SshConfig, VmName};
 
 /// How the root should be shown to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -310,6 +310,12 @@ pub struct VmConfig {
     /// Start it again by itself.
     #[serde(default)]
     pub restart: RestartPolicy,
+    /// Its place on a network.
+    #[serde(default)]
+    pub network: NetworkConfig,
+    /// The agent's own SSH server.
+    #[serde(default)]
+    pub ssh: SshConfig,
 }
 
 /// The smallest guest memory the agent and a stock kernel boot in.
@@ -472,6 +478,8 @@ impl VmConfig {
             mounts: Vec::new(),
             auto_remove: false,
             restart: RestartPolicy::No,
+            network: NetworkConfig::default(),
+            ssh: SshConfig::default(),
         }
     }
 

@@ -4,13 +4,12 @@
 //! cannot do, its driver refuses.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use offshoot_model::{ByteSize, ErrorKind, Explain, VmId};
+use offshoot_model::{ByteSize, ErrorKind, Explain, Mac, VmId};
 use serde::{Deserialize, Serialize};
 
 /// Everything that a VMM process is started with.
@@ -139,17 +138,6 @@ pub enum NetBackend {
     Tap(String),
     /// An open TAP (its `/dev/net/tun` descriptor).
     TapFd(Arc<OwnedFd>),
-}
-
-/// A MAC address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub struct Mac(pub [u8; 6]);
-
-impl fmt::Display for Mac {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, e, g] = self.0;
-        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
-    }
 }
 
 /// How the host reaches the agent.

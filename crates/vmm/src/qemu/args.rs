@@ -291,7 +291,9 @@ mod tests {
     use super::super::probe::tests::debian_12;
     use super::*;
     use crate::plan::tests::{any_plan, bare_plan};
-    use crate::plan::{DiskPlan, Mac, NetPlan, PmemPlan, SharePlan};
+    use offshoot_model::Mac;
+
+    use crate::plan::{DiskPlan, NetPlan, PmemPlan, SharePlan};
     use crate::qemu::read_opts;
 
     /// An option and its parsed value.

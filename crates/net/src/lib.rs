@@ -1,0 +1,8 @@
+//! Networks of VMs in the host's kernel: bridges and TAPs, addresses, what may talk to what, names.
+//!
+//! Nothing here knows VMs beyond their ids, names and [`Attachment`](offshoot_model::Attachment)s. Everything happens in one
+//! [`Namespace`], which is the host's own or one with a name.
+
+mod namespace;
+
+pub use namespace::{Namespace, NamespaceError};
