@@ -9,8 +9,10 @@ mod event;
 mod finding;
 mod id;
 mod network;
+mod network_rules;
 mod object;
 mod progress;
+mod publish;
 mod size;
 mod stage;
 mod state;
@@ -25,8 +27,10 @@ pub use network::{
     Allowed, Attachment, Mac, MacError, Network, NetworkChoice, NetworkConfig, NetworkName, NetworkNameError,
     PublishedPort, SshConfig, Transport,
 };
+pub use network_rules::NetworkConfigError;
 pub use object::{KernelObject, ObjectKind};
 pub use progress::{Progress, ProgressEvent, ProgressUnit, TaskId};
+pub use publish::{GuestPort, PublishError, PublishMistake};
 pub use size::{ByteSize, ByteSizeError};
 pub use stage::{StageOutcome, StageTiming};
 pub use state::{ExitReason, ExitStatus, VmState};

@@ -217,8 +217,8 @@ impl fmt::Display for Transport {
 /// A port of the host that leads into a VM, `-p [ADDRESS:]HOST:GUEST[/udp]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 pub struct PublishedPort {
-    /// The address of the host; every address when absent.
-    #[schema(value_type = Option<String>)]
+    /// The address of the host, IPv4 or IPv6 in numbers; every address when absent.
+    #[schema(value_type = Option<String>, pattern = "^[0-9a-fA-F.:]{2,45}$")]
     #[serde(default)]
     pub address: Option<IpAddr>,
     /// The port of the host; 0 in a request lets the daemon choose a free one.
@@ -263,7 +263,7 @@ pub enum Allowed {
 #[serde(default)]
 pub struct NetworkConfig {
     /// Which network: a name, or `none`.
-    #[schema(value_type = String, default = "default")]
+    #[schema(value_type = String, default = "default", pattern = "^[a-z0-9]([a-z0-9-]{0,30}[a-z0-9])?$")]
     pub network: NetworkChoice,
     /// Whether it reaches what lies beyond the host, by the host's address.
     #[schema(default = true)]
@@ -271,11 +271,13 @@ pub struct NetworkConfig {
     /// Whether it and the other VMs of its network are kept from each other.
     pub isolate: bool,
     /// What else it may reach.
+    #[schema(max_items = 2)]
     pub allow: Vec<Allowed>,
     /// Ports of the host that lead to it.
+    #[schema(max_items = 512)]
     pub publish: Vec<PublishedPort>,
     /// An address it must have; the daemon chooses when absent.
-    #[schema(value_type = Option<String>)]
+    #[schema(value_type = Option<String>, format = Ipv4)]
     pub ipv4: Option<Ipv4Addr>,
 }
 
@@ -293,23 +295,20 @@ impl Default for NetworkConfig {
 }
 
 /// What the agent's own SSH server is asked to do for a VM.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
 #[serde(default)]
 pub struct SshConfig {
     /// Whose private key opens it: lines of an `authorized_keys` (sshd(8)), without options.
+    #[schema(max_items = 128)]
     pub keys: Vec<String>,
     /// The TCP port on the VM's address. Absent: 22, or none in a VM that runs its image's own init and sshd. 0: none.
     /// Whatever it is, the server answers over the agent's channel.
     pub port: Option<u16>,
 }
 
-impl Default for SshConfig {
-    fn default() -> Self {
-        Self {
-            keys: Vec::new(),
-            port: None,
-        }
-    }
+impl SshConfig {
+    /// The most keys: a person has a few, a team some dozens. All of them go to the guest in one message of 1 MiB.
+    pub const MAX_KEYS: usize = 64;
 }
 
 /// A network as the daemon keeps it.

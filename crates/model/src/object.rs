@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// What kind of thing. Each is named by a path that is there as long as the thing is.
+/// What kind of thing. Each but interfaces and tables is named by a path that is there as long as the thing is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ObjectKind {
@@ -16,6 +16,10 @@ pub enum ObjectKind {
     Cgroup,
     /// A TAP device; the name is the interface's.
     Tap,
+    /// The bridge of a network; the name is the interface's.
+    Bridge,
+    /// The nftables tables of a daemon, one a family; the name is theirs.
+    NftTable,
 }
 
 impl ObjectKind {
@@ -26,6 +30,8 @@ impl ObjectKind {
             Self::Process => "process",
             Self::Cgroup => "cgroup",
             Self::Tap => "tap",
+            Self::Bridge => "bridge",
+            Self::NftTable => "nft-table",
         }
     }
 }

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ByteSize, NetworkConfig, SshConfig, VmName};
+use crate::{ByteSize, NetworkConfig, NetworkConfigError, SshConfig, VmName};
 
 /// How the root should be shown to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -402,6 +402,9 @@ pub enum ConfigError {
         /// The most.
         most: usize,
     },
+    /// A place on a network that no VM can have.
+    #[error(transparent)]
+    Network(#[from] NetworkConfigError),
     /// An argument or environment holds a NUL byte.
     #[error("an argument holds a NUL byte")]
     Nul,
@@ -545,6 +548,7 @@ impl VmConfig {
         {
             return Err(ConfigError::Nul);
         }
+        self.network.validate()?;
         Ok(())
     }
 

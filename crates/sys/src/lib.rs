@@ -13,5 +13,6 @@ pub mod random;
 pub mod signal;
 pub mod smaps;
 pub mod space;
+pub mod tap;
 pub mod tsc;
 pub mod usage;

@@ -54,6 +54,8 @@ fn parse(text: &str) -> Option<ProcessMemory> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead as _, Write as _};
+
     use super::*;
 
     const ROLLUP: &str = "5589482fc000-7ffefed2e000 ---p 00000000 00:00 0                          [rollup]
@@ -89,15 +91,29 @@ SwapPss:               1 kB
 
     #[test]
     fn what_a_process_writes_to_is_its_own() {
-        let pid = std::process::id();
-        let before = memory_of(pid).unwrap();
-        let size = 32 << 20;
-        let block = std::hint::black_box(vec![1_u8; size]);
-        let after = memory_of(pid).unwrap();
-        drop(block);
-        // Other tests of this process come and go meanwhile.
-        let least = before.private + size as u64 / 2;
-        assert!(after.private >= least, "{before:?} {after:?}");
+        // A process of its own: other tests of this one come and go.
+        let mut child = std::process::Command::new("/bin/sh")
+            .args([
+                "-c",
+                "read x; v=$(head -c 8000000 /dev/zero | tr '\\0' a); echo done; read x",
+            ])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (mut input, output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let before = memory_of(child.id()).unwrap();
+        input.write_all(b"\n").unwrap();
+        std::io::BufReader::new(output)
+            .read_line(&mut String::new())
+            .unwrap();
+        let after = memory_of(child.id()).unwrap();
+        drop(input);
+        child.wait().unwrap();
+        assert!(
+            after.private >= before.private + 8_000_000,
+            "{before:?} {after:?}"
+        );
         assert!(after.pss >= after.private && after.rss >= after.pss, "{after:?}");
     }
 

@@ -6,6 +6,7 @@
 
 mod event_rows;
 mod image_rows;
+mod network_rows;
 mod object_rows;
 mod vm_rows;
 
@@ -21,12 +22,14 @@ use rusqlite_migration::{M, Migrations};
 
 pub use event_rows::{EVENTS_KEPT, EventFilter, NewEvent};
 pub use image_rows::ImageRow;
+pub use network_rows::{AddressRow, TakenAddresses};
 pub use object_rows::ObjectRow;
 pub use vm_rows::{VmRow, VmRunUpdate, VmWrite};
 
-const MIGRATIONS: [M<'static>; 2] = [
+const MIGRATIONS: [M<'static>; 3] = [
     M::up(include_str!("../../migrations/0001-start.sql")),
     M::up(include_str!("../../migrations/0002-operations.sql")),
+    M::up(include_str!("../../migrations/0003-networks.sql")),
 ];
 
 /// How long a call waits for another process's transaction before it fails: `offshoot` never holds one longer than

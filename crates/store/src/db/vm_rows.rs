@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::event_rows::{self, NewEvent};
+use super::network_rows::{self, AddressRow};
 use super::{Db, DbError, object_rows};
 
 /// What is kept of a VM. `definition` and `machine` are JSON of the engine's and the VMM driver's own types.
@@ -171,8 +172,14 @@ fn name_taken(error: DbError, name: &VmName) -> DbError {
 }
 
 impl Db {
-    /// Writes a new VM and what happened. Its name and uid must be free; a taken name is [`DbError::NameTaken`].
-    pub fn insert_vm(&self, row: &VmRow, events: &[NewEvent]) -> Result<Vec<Event>, DbError> {
+    /// Writes a new VM, what it was given on its network, and what happened. Its name, uid and address must be free; a
+    /// taken name is [`DbError::NameTaken`].
+    pub fn insert_vm(
+        &self,
+        row: &VmRow,
+        address: Option<&AddressRow>,
+        events: &[NewEvent],
+    ) -> Result<Vec<Event>, DbError> {
         let failure = serde_json::to_string(&row.failure).map_err(unreadable)?;
         let result = self.with("write a VM", |connection| {
             let transaction = connection.transaction()?;
@@ -200,6 +207,9 @@ impl Db {
                     row.removing,
                 ],
             )?;
+            if let Some(address) = address {
+                network_rows::insert(&transaction, row.id.as_str(), address)?;
+            }
             let events = event_rows::insert(&transaction, events)?;
             transaction.commit()?;
             Ok(events)
@@ -353,12 +363,12 @@ impl Db {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::db::EventFilter;
     use offshoot_model::{EventAction, ObjectKind};
 
-    fn row(n: u8, name: &str) -> VmRow {
+    pub(crate) fn row(n: u8, name: &str) -> VmRow {
         VmRow {
             id: VmId::from_bytes(&[n; 6]),
             name: name.parse().unwrap(),
@@ -384,8 +394,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
         let mut one = row(1, "web");
-        db.insert_vm(&one, &[]).unwrap();
-        db.insert_vm(&row(2, "db"), &[]).unwrap();
+        db.insert_vm(&one, None, &[]).unwrap();
+        db.insert_vm(&row(2, "db"), None, &[]).unwrap();
         let update = VmRunUpdate {
             state: VmState::Stopped,
             machine: Some("{\"pid\":1}".into()),
@@ -431,12 +441,12 @@ mod tests {
     fn a_name_is_taken_whatever_its_case() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
-        db.insert_vm(&row(1, "web"), &[]).unwrap();
+        db.insert_vm(&row(1, "web"), None, &[]).unwrap();
         assert!(matches!(
-            db.insert_vm(&row(2, "WEB"), &[]),
+            db.insert_vm(&row(2, "WEB"), None, &[]),
             Err(DbError::NameTaken { .. })
         ));
-        db.insert_vm(&row(3, "other"), &[]).unwrap();
+        db.insert_vm(&row(3, "other"), None, &[]).unwrap();
         let taken = db.rename_vm(&row(3, "x").id, &"Web".parse().unwrap(), &[]);
         assert!(matches!(taken, Err(DbError::NameTaken { .. })));
     }
@@ -447,7 +457,7 @@ mod tests {
         let db = Db::open(dir.path()).unwrap();
         assert_eq!(db.free_uid(101, 3).unwrap(), Some(101));
         for (n, free) in [(1, Some(102)), (2, Some(103)), (3, None)] {
-            db.insert_vm(&row(n, &format!("v{n}")), &[]).unwrap();
+            db.insert_vm(&row(n, &format!("v{n}")), None, &[]).unwrap();
             assert_eq!(db.free_uid(101, 3).unwrap(), free);
         }
         db.remove_vm(&row(2, "x").id, &[]).unwrap();
@@ -458,7 +468,7 @@ mod tests {
     fn stages_go_with_their_vm() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(dir.path()).unwrap();
-        db.insert_vm(&row(1, "web"), &[]).unwrap();
+        db.insert_vm(&row(1, "web"), None, &[]).unwrap();
         let id = row(1, "web").id;
         let stage = |name: &str| StageTiming {
             operation: "start".into(),
