@@ -3,6 +3,13 @@
 //! Nothing here knows VMs beyond their ids, names and [`Attachment`](offshoot_model::Attachment)s. Everything happens in one
 //! [`Namespace`], which is the host's own or one with a name.
 
+pub mod allocate;
+pub mod counters;
+pub mod dns;
+pub mod firewall;
+pub mod host_ports;
+pub mod links;
 mod namespace;
+pub mod ports;
 
 pub use namespace::{Namespace, NamespaceError};
