@@ -6,12 +6,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures::{Stream, StreamExt, stream};
-use offshoot_agent_proto::client::{AgentClient, CallError, MainStart, OutputStream, ProcessEvent};
+use offshoot_agent_proto::client::{
+    AgentClient, CallError, MainStart, OutputStream, ProcessEvent, SessionCount,
+};
 use offshoot_agent_proto::limits::{MAX_CHUNK, MAX_REPLY};
 use offshoot_agent_proto::serve::{serve, service};
 use offshoot_agent_proto::v1;
 use offshoot_agent_proto::v1::agent_server::Agent;
 use offshoot_model::{ErrorKind, Explain};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::Mutex;
 use tonic::{Request, Response, Status, Streaming};
 
@@ -36,18 +39,31 @@ impl Agent for Puppet {
     type MainOutputStream = Replies<v1::MainOutputReply>;
     type ExecStream = Replies<v1::ExecReply>;
     type CopyOutStream = Replies<v1::CopyOutReply>;
-    type SshStream = stream::Empty<Result<v1::SshBytes, Status>>;
-    type SessionsStream = stream::Empty<Result<v1::SessionsReply, Status>>;
+    type SshStream = Replies<v1::SshBytes>;
+    type SessionsStream = Replies<v1::SessionsReply>;
 
-    async fn ssh(&self, _: Request<Streaming<v1::SshRequest>>) -> Result<Response<Self::SshStream>, Status> {
-        Err(Status::unimplemented("there is no SSH server yet"))
+    /// Says how many keys it was told, then what it gets, until the stream ends.
+    async fn ssh(
+        &self,
+        request: Request<Streaming<v1::SshRequest>>,
+    ) -> Result<Response<Self::SshStream>, Status> {
+        let answers = request.into_inner().map(|message| {
+            let data = match message?.what {
+                Some(v1::ssh_request::What::Open(open)) => format!("{} ", open.authorized_keys.len()).into(),
+                Some(v1::ssh_request::What::Data(data)) => data,
+                None => return Err(Status::invalid_argument("nothing")),
+            };
+            Ok(v1::SshBytes { data })
+        });
+        Ok(Response::new(answers.boxed()))
     }
 
     async fn sessions(
         &self,
         _: Request<v1::SessionsRequest>,
     ) -> Result<Response<Self::SessionsStream>, Status> {
-        Err(Status::unimplemented("sessions are not counted yet"))
+        let counts = [(0, 1), (2, 1)].map(|(ssh, exec)| v1::SessionsReply { ssh, exec });
+        Ok(boxed(counts.to_vec()))
     }
 
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloReply>, Status> {
@@ -296,4 +312,34 @@ async fn a_guest_that_vanishes_ends_every_call() {
     ));
     assert!(matches!(waiting.await.unwrap(), Err(CallError::Gone { .. })));
     assert!(matches!(client.hello().await, Err(CallError::Gone { .. })));
+}
+
+#[tokio::test]
+async fn an_ssh_connection_is_a_stream_of_bytes() {
+    let (client, _, _server) = connect(Puppet::default()).await;
+    let connection = client.ssh(vec!["a".into(), "b".into()]).await.unwrap();
+    let (mut from_guest, mut to_guest) = tokio::io::split(connection);
+    let sent: Vec<u8> = (0..3 * MAX_CHUNK + 7).map(|n| n as u8).collect();
+    let writing = async {
+        to_guest.write_all(&sent).await.unwrap();
+        to_guest.shutdown().await.unwrap();
+    };
+    let mut received = Vec::new();
+    let (_, read) = tokio::join!(writing, from_guest.read_to_end(&mut received));
+    read.unwrap();
+    assert_eq!(received, [&b"2 "[..], &sent].concat());
+}
+
+#[tokio::test]
+async fn sessions_are_counted_until_the_agent_is_gone() {
+    let (client, _, _server) = connect(Puppet::default()).await;
+    let mut counts = client.sessions().await.unwrap();
+    for expected in [SessionCount { ssh: 0, exec: 1 }, SessionCount { ssh: 2, exec: 1 }] {
+        assert_eq!(counts.next().await.unwrap().unwrap(), expected);
+    }
+    assert!(matches!(
+        counts.next().await,
+        Some(Err(CallError::Gone { call: "sessions", .. }))
+    ));
+    assert!(counts.next().await.is_none());
 }

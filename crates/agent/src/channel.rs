@@ -15,6 +15,7 @@ use offshoot_agent_proto::link::GuestLink;
 use offshoot_agent_proto::serve::{serve, service};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
+use rustix::process::{Resource, Rlimit};
 
 use crate::fd::{Fd, set_nonblocking};
 use crate::guest::Guest;
@@ -32,11 +33,19 @@ const PORT_PATIENCE: Duration = Duration::from_secs(10);
 /// Beside a vsock device, a console that has no port of ours is just a console.
 const PORT_PATIENCE_WITH_VSOCK: Duration = Duration::from_millis(300);
 
+/// Open descriptors of the agent itself.
+const OPEN_FILES: Rlimit = Rlimit {
+    current: Some(16_384),
+    maximum: Some(524_288),
+};
+
 /// The agent's whole life.
 pub(crate) fn run() -> ! {
     // The guest's memory may run out; the agent is what can still tell the host.
     drop(fs::write("/proc/self/oom_score_adj", "-1000"));
     let _ = rustix::thread::set_name(c"offshoot-agent");
+    // Each forwarded connection is one; processes get limits of their own.
+    let _ = rustix::process::setrlimit(Resource::Nofile, OPEN_FILES);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => power::fail(format_args!("cannot start: {error}")),

@@ -9,7 +9,7 @@
 //! calls on behalf of a connection that can break does so in a task of its own.
 
 use std::os::fd::OwnedFd;
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -18,13 +18,14 @@ use tokio::sync::mpsc;
 use tonic::Status;
 
 use crate::configure::{self, Configured, Disk};
+use crate::count::{Count, Kind};
 use crate::output_log::OutputLog;
 use crate::pid1::Pid1;
 use crate::session::{self, ExecReplies, QUEUE};
 use crate::spawn::{Spawned, check_init, spawn};
 use crate::supervisor::INIT_PROGRAM;
 use crate::workload::Workload;
-use crate::{log, process, shutdown};
+use crate::{log, process, shutdown, ssh};
 
 /// How the guest was configured.
 enum Setup {
@@ -68,8 +69,10 @@ pub(crate) struct Guest {
     /// What the main process writes.
     pub(crate) output: Arc<OutputLog>,
     exited: Arc<AtomicBool>,
-    /// Open exec sessions.
-    pub(crate) sessions: Arc<AtomicU32>,
+    /// Open sessions.
+    pub(crate) count: Arc<Count>,
+    /// The SSH server, where one was asked for; there from the configuration on.
+    ssh: Mutex<Option<Arc<ssh::Server>>>,
     ready_uptime_us: AtomicU64,
     ended: tokio::sync::Mutex<Option<bool>>,
 }
@@ -83,7 +86,8 @@ impl Guest {
             main: tokio::sync::Mutex::default(),
             output: OutputLog::new(),
             exited: Arc::default(),
-            sessions: Arc::default(),
+            count: Count::new(),
+            ssh: Mutex::default(),
             ready_uptime_us: AtomicU64::new(0),
             ended: tokio::sync::Mutex::default(),
         }
@@ -125,6 +129,11 @@ impl Guest {
         workload.ok_or_else(|| Status::failed_precondition("the guest is not a running VM"))
     }
 
+    /// The SSH server.
+    pub(crate) fn ssh(&self) -> Option<Arc<ssh::Server>> {
+        self.ssh.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     /// Runs a job that sees what the guest sees.
     pub(crate) async fn in_guest<T>(&self, job: impl FnOnce() -> T + Send + 'static) -> Result<T, Status>
     where
@@ -151,6 +160,8 @@ impl Guest {
             Setup::New => {}
         }
         let vm_id = request.vm_id.clone();
+        let ssh_plan = request.ssh.as_ref().map(ssh::plan).transpose();
+        let ssh_plan = ssh_plan.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let plan = configure::plan(request).map_err(|error| Status::invalid_argument(error.to_string()))?;
         let applied = tokio::task::spawn_blocking(move || configure::apply(&plan)).await;
         let applied = applied
@@ -163,7 +174,15 @@ impl Guest {
                 stages,
             }) => {
                 let reply = v1::ConfigureReply { stages };
-                *self.workload.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(workload));
+                let workload = Arc::new(workload);
+                if let Some(plan) = ssh_plan {
+                    let server = ssh::Server::new(plan, Arc::clone(&workload), Arc::clone(&self.count));
+                    if !server.plan().yield_to_sshd {
+                        listen_for_ssh(&server);
+                    }
+                    *self.ssh.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
+                }
+                *self.workload.lock().unwrap_or_else(PoisonError::into_inner) = Some(workload);
                 *setup = Setup::Done {
                     vm_id,
                     reply: reply.clone(),
@@ -193,6 +212,12 @@ impl Guest {
             Ok((what, pid)) => (what, v1::start_main_reply::What::Pid(pid)),
             Err(failure) => (MainProcess::Refused, v1::start_main_reply::What::Failed(failure)),
         };
+        if let Some(server) = self.ssh().filter(|server| server.plan().yield_to_sshd) {
+            let has_init = matches!(what, MainProcess::Init);
+            if !(has_init && self.in_guest(ssh::image_has_sshd).await?) {
+                listen_for_ssh(&server);
+            }
+        }
         let reply = v1::StartMainReply { what: Some(reply) };
         *main = Some(Main {
             what,
@@ -290,7 +315,12 @@ impl Guest {
         match self.in_guest(move || spawn(&process)).await? {
             Ok(spawned) => {
                 let (sender, input) = mpsc::channel(QUEUE);
-                tokio::spawn(session::exec(spawned, input, replies, Arc::clone(&self.sessions)));
+                tokio::spawn(session::exec(
+                    spawned,
+                    input,
+                    replies,
+                    self.count.open(Kind::Exec),
+                ));
                 Ok(Some(sender))
             }
             Err(failure) => {
@@ -323,7 +353,15 @@ impl Guest {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .take();
+        let ssh = self.ssh();
+        if let Some(server) = &ssh {
+            server.refuse();
+        }
         shutdown::end_processes(way, grace).await;
+        // After the processes, so that their last words and statuses have been sent.
+        if let Some(server) = ssh {
+            server.close().await;
+        }
         drop(workload);
         let disks = match &*self.setup.lock().await {
             Setup::Done { disks, .. } => disks.clone(),
@@ -333,6 +371,15 @@ impl Guest {
         let clean = released.unwrap_or(false);
         *ended = Some(clean);
         clean
+    }
+}
+
+/// Listens where the plan says. A guest whose port cannot be had is one without that port; the channel is still there.
+fn listen_for_ssh(server: &Arc<ssh::Server>) {
+    if let Some(port) = server.plan().port
+        && let Err(error) = ssh::listen(server, port)
+    {
+        log::warning(format_args!("cannot listen for SSH on port {port}: {error}"));
     }
 }
 

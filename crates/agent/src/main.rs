@@ -16,12 +16,13 @@
 //! with `@`, which systemd leaves alone until the very end.
 //!
 //! The modules in the order in which a boot meets them: `supervisor`, `boot`, `modules`; `channel`, `vsock`, `fd`;
-//! `service`, `guest`, `pid1`; `configure`, `workload`; `spawn`, `users`, `session`, `process`, `output_log`; `files`;
-//! `shutdown`, `power`.
+//! `service`, `guest`, `pid1`; `configure`, `workload`; `spawn`, `users`, `session`, `process`, `output_log`, `count`;
+//! `files`; `ssh`, `sftp`; `shutdown`, `power`.
 
 mod boot;
 mod channel;
 mod configure;
+mod count;
 mod fd;
 mod files;
 mod guest;
@@ -33,8 +34,10 @@ mod power;
 mod process;
 mod service;
 mod session;
+mod sftp;
 mod shutdown;
 mod spawn;
+mod ssh;
 mod supervisor;
 mod users;
 mod vsock;
@@ -43,13 +46,19 @@ mod workload;
 /// The first argument of the child that is the agent.
 const AGENT_ARGUMENT: &str = "agent";
 
+/// The first argument of a process that serves files to one SSH client.
+const SFTP_ARGUMENT: &str = "sftp";
+
 fn main() {
     if rustix::process::getpid().is_init() {
         supervisor::run();
-    } else if std::env::args().nth(1).as_deref() == Some(AGENT_ARGUMENT) {
-        channel::run();
-    } else {
-        log::fatal("this program is PID 1 of a virtual machine; it does nothing else");
-        std::process::exit(2);
+    }
+    match std::env::args().nth(1).as_deref() {
+        Some(AGENT_ARGUMENT) => channel::run(),
+        Some(SFTP_ARGUMENT) => std::process::exit(sftp::run()),
+        _ => {
+            log::fatal("this program is PID 1 of a virtual machine; it does nothing else");
+            std::process::exit(2);
+        }
     }
 }

@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   /modules/order           every boot: one module file a line, in load order
-//!   /modules/order.<group>   only where a virtio device of that kind is present: pmem virtiofs net vsock
+//!   /modules/order.<group>   only where a virtio device of that kind is present: pmem virtiofs vsock
+//!   /modules/order.net       when the guest is configured, and beside its disks: nobody waits for it at boot
 //! ```
 
 use std::collections::BTreeSet;
@@ -19,7 +20,10 @@ pub(crate) const FOLDER: &str = "/modules";
 pub(crate) const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 
 /// Groups of modules and the virtio device id each is for (VIRTIO 1.3, section 5).
-const GROUPS: [(&str, u32); 4] = [("net", 1), ("vsock", 19), ("virtiofs", 26), ("pmem", 27)];
+const GROUPS: [(&str, u32); 3] = [("vsock", 19), ("virtiofs", 26), ("pmem", 27)];
+
+/// The group of network devices.
+pub(crate) const NET: &str = "net";
 
 /// The virtio id of a console, which carries the agent's port.
 pub(crate) const CONSOLE: u32 = 3;
@@ -48,9 +52,14 @@ pub(crate) fn load(folder: &Path, devices: &Path) {
     let devices = virtio_devices(devices);
     for (group, id) in GROUPS {
         if devices.contains(&id) {
-            load_list(&folder.join(format!("order.{group}")));
+            load_group(folder, group);
         }
     }
+}
+
+/// Loads the modules of one group. Blocks until the kernel has them.
+pub(crate) fn load_group(folder: &Path, group: &str) {
+    load_list(&folder.join(format!("order.{group}")));
 }
 
 fn load_list(list: &Path) {

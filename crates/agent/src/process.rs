@@ -40,7 +40,33 @@ pub(crate) trait Sink: Send {
 
     /// Answers when nobody will ever read again.
     fn gone(&self) -> impl Future<Output = ()> + Send;
+
+    /// Whether a process whose reader is gone loses its pipes, and with them its life when it writes (SIGPIPE). Else it
+    /// lives on, its output dropped.
+    const TAKES_PIPES_ALONG: bool;
 }
+
+/// How a process ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// By itself, with a status.
+    Exited(i32),
+    /// By a signal.
+    Signaled(i32),
+}
+
+impl End {
+    /// The status as a shell counts it.
+    pub(crate) fn status(self) -> i32 {
+        match self {
+            Self::Exited(status) => status,
+            Self::Signaled(signal) => 128 + signal,
+        }
+    }
+}
+
+/// How a process ended whose status cannot be known.
+const UNKNOWN: End = End::Exited(125);
 
 /// Sends a signal, by number.
 pub(crate) fn kill(target: i32, signal: u32) -> io::Result<()> {
@@ -113,20 +139,20 @@ impl Live {
     }
 }
 
-/// Runs a process to its end and returns its status as a shell counts it.
-pub(crate) async fn run(
+/// Runs a process to its end.
+pub(crate) async fn run<S: Sink>(
     spawned: Spawned,
     input: mpsc::Receiver<v1::ProcessInput>,
-    sink: &mut impl Sink,
-) -> i32 {
+    sink: &mut S,
+) -> End {
     match Live::new(spawned) {
         Ok(live) => attend(live, input, sink).await,
         // Without its descriptors the process cannot be attended; closing them lets it end.
-        Err(_) => 125,
+        Err(_) => UNKNOWN,
     }
 }
 
-async fn attend(mut live: Live, input: mpsc::Receiver<v1::ProcessInput>, sink: &mut impl Sink) -> i32 {
+async fn attend<S: Sink>(mut live: Live, input: mpsc::Receiver<v1::ProcessInput>, sink: &mut S) -> End {
     let feeding = feed(live.pid, live.stdin.take(), live.tty, input);
     let mut feeding = std::pin::pin!(feeding);
     let (mut fed, mut listening, mut status) = (false, true, None);
@@ -156,14 +182,15 @@ async fn attend(mut live: Live, input: mpsc::Receiver<v1::ProcessInput>, sink: &
                 // Its terminal, or its standard input, ends; with pipes the process lives on, its output dropped.
                 fed = true;
                 feeding.set(feed(live.pid, None, live.tty, mpsc::channel(1).1));
-                if live.tty {
+                if live.tty || S::TAKES_PIPES_ALONG {
                     live.stdout = None;
+                    live.stderr = None;
                 }
             }
             () = tokio::time::sleep(QUIET), if status.is_some() => break,
         }
     }
-    status.unwrap_or(125)
+    status.unwrap_or(UNKNOWN)
 }
 
 /// Room for one more read, in what is left of the last buffer when that is worth it.
@@ -181,24 +208,26 @@ async fn read(fd: Option<&Fd>, buffer: &mut BytesMut) -> io::Result<usize> {
 }
 
 /// Waits for the process and reaps it.
-async fn wait(pidfd: &AsyncFd<OwnedFd>) -> i32 {
+async fn wait(pidfd: &AsyncFd<OwnedFd>) -> End {
     loop {
         // Without a pidfd there is no status; the runtime is at its end then.
         let Ok(mut guard) = pidfd.readable().await else {
-            return 125;
+            return UNKNOWN;
         };
         match waitid(
             WaitId::PidFd(pidfd.as_fd()),
             WaitIdOptions::EXITED | WaitIdOptions::NOHANG,
         ) {
             Ok(Some(ended)) => {
-                return ended
-                    .exit_status()
-                    .unwrap_or_else(|| 128 + ended.terminating_signal().unwrap_or(0));
+                return match (ended.exit_status(), ended.terminating_signal()) {
+                    (Some(status), _) => End::Exited(status),
+                    (None, Some(signal)) => End::Signaled(signal),
+                    (None, None) => UNKNOWN,
+                };
             }
             Ok(None) => guard.clear_ready(),
             Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return 125,
+            Err(_) => return UNKNOWN,
         }
     }
 }
@@ -264,7 +293,7 @@ async fn feed(pid: Pid, mut stdin: Option<Arc<Fd>>, tty: bool, mut input: mpsc::
 }
 
 /// Signals who is in the foreground of the terminal, or the process's whole group.
-fn signal_group(pid: Pid, terminal: Option<&Fd>, signal: u32) {
+pub(crate) fn signal_group(pid: Pid, terminal: Option<impl AsFd>, signal: u32) {
     let group = terminal
         .and_then(|terminal| tcgetpgrp(terminal).ok())
         .unwrap_or(pid);
@@ -301,6 +330,8 @@ mod tests {
                 pending::<()>().await;
             }
         }
+
+        const TAKES_PIPES_ALONG: bool = false;
     }
 
     #[expect(clippy::print_stderr, reason = "a test that cannot run says so")]
@@ -337,7 +368,7 @@ mod tests {
             .expect("stuck");
         drop(sender);
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        (status, text(&sink.out), text(&sink.err))
+        (status.status(), text(&sink.out), text(&sink.err))
     }
 
     #[tokio::test]
@@ -406,7 +437,10 @@ mod tests {
         };
         let script = "trap 'echo int; exit 3' INT; echo ready; read x";
         let run = run(shell(script, true, true), receiver, &mut sink);
-        assert_eq!(tokio::time::timeout(Duration::from_secs(20), run).await, Ok(3));
+        assert_eq!(
+            tokio::time::timeout(Duration::from_secs(20), run).await,
+            Ok(End::Exited(3))
+        );
         let ended = check("cat", true, vec![What::CloseStdin(true)]);
         assert_eq!(ended.await.0, 0);
     }
@@ -423,10 +457,11 @@ mod tests {
         let (_sender, receiver) = mpsc::channel(1);
         assert_eq!(
             run(shell("sleep 50", true, false), receiver, &mut sink).await,
-            129
+            End::Signaled(1)
         );
         let (_sender, receiver) = mpsc::channel(1);
         let script = "cat; head -c 1000000 /dev/zero; exit 5";
-        assert_eq!(run(shell(script, false, true), receiver, &mut sink).await, 5);
+        let end = run(shell(script, false, true), receiver, &mut sink).await;
+        assert_eq!(end, End::Exited(5));
     }
 }

@@ -3,20 +3,19 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use futures::{Stream, stream};
+use futures::{Stream, StreamExt, stream};
 use offshoot_agent_proto::v1;
 use offshoot_agent_proto::v1::agent_server::Agent;
 use tokio::sync::mpsc;
-use tokio_stream::wrappers::ReceiverStream;
+use tokio_stream::wrappers::{ReceiverStream, WatchStream};
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::guest::Guest;
 use crate::output_log::{Piece, Reader};
 use crate::session::QUEUE;
-use crate::{files, shutdown};
+use crate::{files, shutdown, ssh};
 
 type Replies<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
 
@@ -86,7 +85,7 @@ impl Agent for Service {
     type ExecStream = ReceiverStream<Result<v1::ExecReply, Status>>;
     type CopyOutStream = ReceiverStream<Result<v1::CopyOutReply, Status>>;
     type SshStream = ReceiverStream<Result<v1::SshBytes, Status>>;
-    type SessionsStream = ReceiverStream<Result<v1::SessionsReply, Status>>;
+    type SessionsStream = Replies<v1::SessionsReply>;
 
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloReply>, Status> {
         Ok(Response::new(v1::HelloReply {
@@ -95,7 +94,7 @@ impl Agent for Service {
             vm_id: self.guest.vm_id(),
             ready_uptime_us: self.guest.ready_uptime_us(),
             main: self.guest.main_state().await.into(),
-            sessions: self.guest.sessions.load(Ordering::Relaxed),
+            sessions: self.guest.count.watch().borrow().exec,
         }))
     }
 
@@ -235,14 +234,31 @@ impl Agent for Service {
         }))
     }
 
-    async fn ssh(&self, _: Request<Streaming<v1::SshRequest>>) -> Result<Response<Self::SshStream>, Status> {
-        Err(Status::unimplemented("there is no SSH server yet"))
+    async fn ssh(
+        &self,
+        request: Request<Streaming<v1::SshRequest>>,
+    ) -> Result<Response<Self::SshStream>, Status> {
+        let server = self.guest.ssh();
+        let server = server.ok_or_else(|| Status::failed_precondition("the VM has no SSH server"))?;
+        let mut messages = request.into_inner();
+        let first = messages.message().await?.and_then(|message| message.what);
+        let Some(v1::ssh_request::What::Open(open)) = first else {
+            return Err(Status::invalid_argument(
+                "the first message of an SSH connection opens it",
+            ));
+        };
+        let keys = ssh::parse_keys(&open.authorized_keys);
+        let (replies, receiver) = mpsc::channel(QUEUE);
+        let stream = ssh::RpcStream::new(messages, replies);
+        server.accept(stream, ssh::Peer::Host, keys);
+        Ok(Response::new(ReceiverStream::new(receiver)))
     }
 
     async fn sessions(
         &self,
         _: Request<v1::SessionsRequest>,
     ) -> Result<Response<Self::SessionsStream>, Status> {
-        Err(Status::unimplemented("sessions are not counted yet"))
+        let counts = WatchStream::new(self.guest.count.watch());
+        Ok(Response::new(Box::pin(counts.map(Ok))))
     }
 }

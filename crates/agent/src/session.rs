@@ -2,13 +2,14 @@
 
 use std::future::pending;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use bytes::Bytes;
 use offshoot_agent_proto::v1;
 use tokio::sync::mpsc;
 use tonic::Status;
 
+use crate::count::Open;
 use crate::output_log::OutputLog;
 use crate::process::{self, Sink};
 use crate::spawn::Spawned;
@@ -31,6 +32,8 @@ impl Sink for LogSink {
         // Somebody may always come back.
         pending::<()>().await;
     }
+
+    const TAKES_PIPES_ALONG: bool = false;
 }
 
 /// An exec writes to its caller.
@@ -59,6 +62,8 @@ impl Sink for ReplySink {
     async fn gone(&self) {
         self.replies.closed().await;
     }
+
+    const TAKES_PIPES_ALONG: bool = false;
 }
 
 /// An answer of an exec.
@@ -73,9 +78,9 @@ pub(crate) async fn main_process(
     log: Arc<OutputLog>,
     exited: &AtomicBool,
 ) {
-    let status = process::run(spawned, input, &mut LogSink(Arc::clone(&log))).await;
+    let end = process::run(spawned, input, &mut LogSink(Arc::clone(&log))).await;
     exited.store(true, Ordering::Release);
-    log.finish(status);
+    log.finish(end.status());
 }
 
 /// Attends an exec until it ends.
@@ -83,12 +88,11 @@ pub(crate) async fn exec(
     spawned: Spawned,
     input: mpsc::Receiver<v1::ProcessInput>,
     replies: ExecReplies,
-    open: Arc<AtomicU32>,
+    open: Open,
 ) {
-    open.fetch_add(1, Ordering::Relaxed);
     let started = v1::exec_reply::What::StartedPid(crate::guest::pid(&spawned));
     drop(replies.send(Ok(reply(started))).await);
-    let status = process::run(
+    let end = process::run(
         spawned,
         input,
         &mut ReplySink {
@@ -99,8 +103,8 @@ pub(crate) async fn exec(
     .await;
     drop(
         replies
-            .send(Ok(reply(v1::exec_reply::What::Exited(status))))
+            .send(Ok(reply(v1::exec_reply::What::Exited(end.status()))))
             .await,
     );
-    open.fetch_sub(1, Ordering::Relaxed);
+    drop(open);
 }

@@ -155,6 +155,8 @@ pub(crate) fn power_off_soon() {
 pub(crate) async fn when_pid_1_is_asked(guest: Arc<Guest>, asked: oneshot::Receiver<()>) {
     if asked.await.is_ok() {
         guest.shut_down(OWN_GRACE).await;
+        // How the main process ended has to get out, too.
+        tokio::time::sleep(POWER_DELAY).await;
         power::off();
     }
 }

@@ -3,10 +3,10 @@
 //! Everything here runs in a thread of [`crate::workload`], so paths are the guest's and the child is born in its
 //! namespace. Messages and statuses are those people know from Docker.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read};
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,8 +14,8 @@ use std::process::{Command, Stdio};
 use offshoot_agent_proto::v1;
 use rustix::fs::{Gid, Mode, Uid};
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, pidfd_open};
-use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
+use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 
 use crate::users::{self, Identity};
 
@@ -27,7 +27,7 @@ const CANNOT_TRY: i32 = 125;
 /// Status for a program that cannot be executed.
 const CANNOT_EXECUTE: i32 = 126;
 /// Status for a program that does not exist.
-const NOT_FOUND: i32 = 127;
+pub(crate) const NOT_FOUND: i32 = 127;
 
 /// More than this of `/etc/passwd` or `/etc/group` is not read; the largest in use are some hundred KiB.
 const MAX_USER_FILE: u64 = 8 << 20;
@@ -68,11 +68,51 @@ pub(crate) enum Ends {
     Terminal(OwnedFd),
 }
 
-fn failure(status: i32, message: impl Into<String>) -> v1::StartFailure {
+pub(crate) fn failure(status: i32, message: impl Into<String>) -> v1::StartFailure {
     v1::StartFailure {
         status,
         message: message.into(),
     }
+}
+
+/// A program that is to be started, everything about it decided.
+pub(crate) struct Program {
+    /// The file.
+    pub(crate) executable: PathBuf,
+    /// What it is told it is called.
+    pub(crate) name: String,
+    /// Its other arguments.
+    pub(crate) arguments: Vec<String>,
+    /// The whole environment.
+    pub(crate) environment: Vec<(String, String)>,
+    /// Where it starts; must exist.
+    pub(crate) directory: PathBuf,
+    /// Who it runs as.
+    pub(crate) identity: Identity,
+    /// Its standard descriptors.
+    pub(crate) standard: Standard,
+}
+
+/// What a process's standard descriptors are.
+pub(crate) enum Standard {
+    /// Pipes; standard input is `/dev/null` unless it is wanted.
+    Pipes { stdin: bool },
+    /// A new terminal.
+    Terminal(TerminalPlan),
+}
+
+/// Changes the settings of a terminal.
+pub(crate) type TerminalSettings = Box<dyn FnOnce(&mut Termios) + Send>;
+
+/// How a new terminal is set up.
+#[derive(Default)]
+pub(crate) struct TerminalPlan {
+    /// Its size.
+    pub(crate) window: Option<v1::WindowSize>,
+    /// What changes its settings, if anything does.
+    pub(crate) settings: Option<TerminalSettings>,
+    /// The environment variable that gets its path.
+    pub(crate) variable: Option<&'static str>,
 }
 
 /// Starts `process`.
@@ -88,40 +128,74 @@ pub(crate) fn spawn(process: &v1::Process) -> Result<Spawned, v1::StartFailure> 
     {
         return Err(failure(CANNOT_TRY, "an argument holds a NUL byte"));
     }
-    let (passwd, group) = (read_user_file("/etc/passwd"), read_user_file("/etc/group"));
+    let (passwd, group) = user_files();
     let identity = users::lookup(&process.user, &passwd, &group)
         .map_err(|error| failure(CANNOT_EXECUTE, error.to_string()))?;
-    let hostname = String::from_utf8_lossy(rustix::system::uname().nodename().to_bytes()).into_owned();
-    let environment = environment(&process.env, &identity.home, &hostname, process.tty);
+    let environment = environment(&process.env, &identity.home, &hostname(), process.tty);
     let directory = working_directory(&process.working_dir)?;
-    let path = environment
-        .iter()
-        .rev()
-        .find(|(name, _)| name == "PATH")
-        .map_or("", |(_, value)| value);
-    let executable = resolve(program, path, &directory)?;
+    let executable = resolve(program, path_of(&environment), &directory)?;
+    start(Program {
+        executable,
+        name: program.clone(),
+        arguments: process.argv[1..].to_vec(),
+        environment,
+        directory,
+        identity,
+        standard: if process.tty {
+            Standard::Terminal(TerminalPlan {
+                window: process.window,
+                ..TerminalPlan::default()
+            })
+        } else {
+            Standard::Pipes { stdin: process.stdin }
+        },
+    })
+}
 
-    let mut command = Command::new(&executable);
+/// Starts a program.
+pub(crate) fn start(program: Program) -> Result<Spawned, v1::StartFailure> {
+    let mut command = Command::new(&program.executable);
     command
-        .arg0(program)
-        .args(&process.argv[1..])
+        .arg0(&program.name)
+        .args(&program.arguments)
         .env_clear()
-        .envs(environment)
-        .current_dir(&directory);
+        .envs(program.environment)
+        .current_dir(&program.directory);
     let cannot_connect =
         |error: io::Error| failure(CANNOT_TRY, format!("cannot make the process's files: {error}"));
-    let ends = if process.tty {
-        terminal(&mut command, process.window.as_ref(), &identity)
-    } else {
-        pipes(&mut command, process.stdin)
+    let tty = matches!(program.standard, Standard::Terminal(_));
+    let ends = match program.standard {
+        Standard::Terminal(plan) => terminal(&mut command, plan, &program.identity),
+        Standard::Pipes { stdin } => pipes(&mut command, stdin),
     };
     let ends = ends.map_err(cannot_connect)?;
-    become_identity(&mut command, identity, process.tty);
-    let child = command.spawn().map_err(|error| exec_failure(program, &error))?;
+    become_identity(&mut command, program.identity, tty);
+    let child = command
+        .spawn()
+        .map_err(|error| exec_failure(&program.name, &error))?;
     let pid = Pid::from_child(&child);
     // The child is not reaped before somebody waits, so the id is still its own.
     let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).map_err(|error| cannot_connect(error.into()))?;
     Ok(Spawned { pid, pidfd, ends })
+}
+
+/// The guest's passwd(5) and group(5).
+pub(crate) fn user_files() -> (String, String) {
+    (read_user_file("/etc/passwd"), read_user_file("/etc/group"))
+}
+
+/// The guest's name.
+pub(crate) fn hostname() -> String {
+    String::from_utf8_lossy(rustix::system::uname().nodename().to_bytes()).into_owned()
+}
+
+/// The path that programs are looked for in.
+pub(crate) fn path_of(environment: &[(String, String)]) -> &str {
+    environment
+        .iter()
+        .rev()
+        .find(|(name, _)| name == "PATH")
+        .map_or("", |(_, value)| value)
 }
 
 fn read_user_file(path: &str) -> String {
@@ -134,7 +208,7 @@ fn read_user_file(path: &str) -> String {
 }
 
 /// The whole environment: what was asked for, the last of a name winning, and what every process has.
-fn environment(asked: &[String], home: &str, hostname: &str, tty: bool) -> Vec<(String, String)> {
+pub(crate) fn environment(asked: &[String], home: &str, hostname: &str, tty: bool) -> Vec<(String, String)> {
     let mut all: Vec<(String, String)> = Vec::new();
     for (name, value) in asked
         .iter()
@@ -175,7 +249,7 @@ fn working_directory(asked: &str) -> Result<PathBuf, v1::StartFailure> {
 }
 
 /// Finds a program as execvp(3) does, but says what is wrong with it.
-fn resolve(program: &str, path: &str, directory: &Path) -> Result<PathBuf, v1::StartFailure> {
+pub(crate) fn resolve(program: &str, path: &str, directory: &Path) -> Result<PathBuf, v1::StartFailure> {
     let refuse = |status, what: &str| failure(status, format!("exec: {program:?}: {what}"));
     if program.contains('/') {
         let executable = directory.join(program);
@@ -250,6 +324,7 @@ fn pipes(command: &mut Command, stdin: bool) -> io::Result<Ends> {
     command.stdout(their_stdout).stderr(their_stderr);
     let stdin = if stdin {
         let (their_stdin, stdin) = pipe()?;
+        let _ = rustix::pipe::fcntl_setpipe_size(&stdin, PIPE_SIZE);
         command.stdin(their_stdin);
         Some(stdin)
     } else {
@@ -263,7 +338,7 @@ fn pipes(command: &mut Command, stdin: bool) -> io::Result<Ends> {
     })
 }
 
-fn terminal(command: &mut Command, window: Option<&v1::WindowSize>, identity: &Identity) -> io::Result<Ends> {
+fn terminal(command: &mut Command, plan: TerminalPlan, identity: &Identity) -> io::Result<Ends> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags)?;
     unlockpt(&master)?;
@@ -274,8 +349,17 @@ fn terminal(command: &mut Command, window: Option<&v1::WindowSize>, identity: &I
         Some(Uid::from_raw(identity.uid)),
         Some(Gid::from_raw(TTY_GROUP)),
     )?;
-    if let Some(window) = window {
+    if let Some(window) = &plan.window {
         tcsetwinsize(&master, winsize(window))?;
+    }
+    if let Some(settings) = plan.settings {
+        let mut termios = tcgetattr(&slave)?;
+        settings(&mut termios);
+        tcsetattr(&slave, OptionalActions::Now, &termios)?;
+    }
+    if let Some(variable) = plan.variable {
+        let name = ptsname(&master, Vec::new())?;
+        command.env(variable, name.to_string_lossy().as_ref());
     }
     command
         .stdin(slave.try_clone()?)
@@ -346,17 +430,6 @@ fn default_signals() {
 /// Whether the image has an init that can be executed, and why not.
 pub(crate) fn check_init(program: &str) -> Result<(), v1::StartFailure> {
     resolve(program, "", Path::new("/")).map(drop)
-}
-
-/// Writes a small file of the guest's, following its own symlinks.
-pub(crate) fn write_file(path: &str, content: &str) -> io::Result<()> {
-    let mut file = OpenOptions::new()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o644)
-        .open(path)?;
-    io::Write::write_all(&mut file, content.as_bytes())
 }
 
 #[cfg(test)]

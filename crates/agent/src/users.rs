@@ -32,11 +32,26 @@ pub(crate) enum UserError {
     },
 }
 
+/// Somebody who logs in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Login {
+    /// The name.
+    pub(crate) name: String,
+    /// Who that is.
+    pub(crate) identity: Identity,
+    /// The shell; empty where the file names none.
+    pub(crate) shell: String,
+}
+
+/// Who is there also where no file says so.
+const ROOT: &str = "root";
+
 struct PasswdLine<'a> {
     name: &'a str,
     uid: u32,
     gid: u32,
     home: &'a str,
+    shell: &'a str,
 }
 
 fn passwd_lines(passwd: &str) -> impl Iterator<Item = PasswdLine<'_>> {
@@ -46,7 +61,14 @@ fn passwd_lines(passwd: &str) -> impl Iterator<Item = PasswdLine<'_>> {
         let uid = fields.nth(1)?.parse().ok()?;
         let gid = fields.next()?.parse().ok()?;
         let home = fields.nth(1).unwrap_or_default();
-        Some(PasswdLine { name, uid, gid, home })
+        let shell = fields.next().unwrap_or_default();
+        Some(PasswdLine {
+            name,
+            uid,
+            gid,
+            home,
+            shell,
+        })
     })
 }
 
@@ -115,6 +137,22 @@ pub(crate) fn lookup(spec: &str, passwd: &str, group: &str) -> Result<Identity, 
     })
 }
 
+/// Finds who logs in under a name. Root is always there; nobody else is without a line.
+pub(crate) fn login(name: &str, passwd: &str, group: &str) -> Option<Login> {
+    let line = passwd_lines(passwd).find(|line| line.name == name);
+    let (spec, shell) = match &line {
+        Some(line) => (line.name, line.shell),
+        None if name == ROOT => ("0", ""),
+        None => return None,
+    };
+    let identity = lookup(spec, passwd, group).ok()?;
+    Some(Login {
+        name: name.to_owned(),
+        identity,
+        shell: shell.to_owned(),
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -151,6 +189,31 @@ mod tests {
         check("bare", Ok((44, 45, &[4, 45], "/")));
         // A name that looks like a number is a name first.
         check("7", Ok((70, 71, &[71], "/seven")));
+    }
+
+    #[test]
+    fn whoever_has_a_line_can_log_in() {
+        let check = |name: &str, expected: Option<(u32, &str)>| {
+            let found = login(name, PASSWD, GROUP);
+            let found = found.as_ref().map(|login| (login.identity.uid, &*login.shell));
+            assert_eq!(found, expected, "{name:?}");
+        };
+        check("root", Some((0, "/bin/bash")));
+        check("www-data", Some((33, "/usr/sbin/nologin")));
+        check("bare", Some((44, "")));
+        for name in [
+            "",
+            "nobody",
+            "33",
+            "www-data:staff",
+            "0",
+            "broken",
+            "# not a user",
+        ] {
+            check(name, None);
+        }
+        assert_eq!(login("root", "", "").map(|login| login.identity.uid), Some(0));
+        assert_eq!(login("bare", "", ""), None);
     }
 
     #[test]

@@ -10,9 +10,15 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use rustix::fs::{Gid, Uid};
 use rustix::mount::{MountPropagationFlags, UnmountFlags, mount_change, mount_move, unmount};
-use rustix::thread::{LinkNameSpaceType, UnshareFlags, move_into_link_name_space, unshare_unsafe};
+use rustix::thread::{
+    LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid, unshare_unsafe,
+};
 use tokio::sync::oneshot;
+
+use crate::users::Identity;
 
 /// Mounts of the initramfs that the VM's processes have no use for.
 const NOT_FOR_THE_GUEST: [&str; 5] = ["/lower", "/overlay", "/proc", "/sys", "/dev"];
@@ -88,6 +94,27 @@ impl Workload {
             .unwrap_or_else(|_| Err(io::Error::other("a thread in the guest's namespace panicked")))
     }
 
+    /// Runs `job` as somebody in the guest: what it opens, makes and binds is theirs.
+    pub(crate) async fn run_as<T>(
+        self: &Arc<Self>,
+        who: &Identity,
+        job: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> io::Result<T>
+    where
+        T: Send + 'static,
+    {
+        let (uid, gid) = (Uid::from_raw(who.uid), Gid::from_raw(who.gid));
+        let groups: Vec<Gid> = who.groups.iter().copied().map(Gid::from_raw).collect();
+        let result = self.run(move || {
+            // These change this thread alone, which ends with the job.
+            set_thread_groups(&groups)?;
+            set_thread_res_gid(gid, gid, gid)?;
+            set_thread_res_uid(uid, uid, uid)?;
+            job()
+        });
+        result.await?
+    }
+
     fn enter(&self) -> io::Result<()> {
         // SAFETY: the thread has its own root and working directory from here on, and is one of ours.
         unsafe { unshare_unsafe(UnshareFlags::FS) }?;
@@ -96,6 +123,16 @@ impl Workload {
             self.namespace.as_fd(),
             Some(LinkNameSpaceType::Mount),
         )?)
+    }
+}
+
+#[cfg(test)]
+impl Workload {
+    /// The namespace that the caller is in.
+    pub(crate) fn here() -> io::Result<Self> {
+        Ok(Self {
+            namespace: own_namespace()?,
+        })
     }
 }
 

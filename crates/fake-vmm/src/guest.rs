@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use offshoot_agent_proto::v1;
+use tokio::sync::watch;
 use tonic::Status;
 
 use crate::machine::{End, Machine};
@@ -41,6 +42,8 @@ pub(crate) struct Guest {
     /// What the main process says; there before it is.
     main_transcript: Transcript,
     state: Mutex<State>,
+    /// Processes beside the main one that run.
+    exec_sessions: Arc<watch::Sender<u32>>,
 }
 
 impl Guest {
@@ -50,7 +53,13 @@ impl Guest {
             machine,
             main_transcript: Transcript::new(),
             state: Mutex::default(),
+            exec_sessions: Arc::default(),
         }
+    }
+
+    /// How many processes run beside the main one, and news of it.
+    pub(crate) fn exec_sessions(&self) -> watch::Receiver<u32> {
+        self.exec_sessions.subscribe()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -71,18 +80,13 @@ impl Guest {
             Some(Main::Process(process)) if process.transcript.is_over() => v1::MainState::Exited,
             Some(Main::Process(_)) => v1::MainState::Running,
         };
-        let is_main = |process: &Arc<Process>| matches!(&state.main, Some(Main::Process(main)) if Arc::ptr_eq(main, process));
-        let sessions = state
-            .processes
-            .iter()
-            .filter(|process| !process.transcript.is_over() && !is_main(process));
         v1::HelloReply {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: "0.0.0-fake".to_owned(),
             vm_id: state.vm_id.clone().unwrap_or_default(),
             ready_uptime_us: 0,
             main: main.into(),
-            sessions: u32::try_from(sessions.count()).unwrap_or(u32::MAX),
+            sessions: *self.exec_sessions.borrow(),
         }
     }
 
@@ -156,8 +160,18 @@ impl Guest {
         process: &v1::Process,
     ) -> Result<Result<Arc<Process>, v1::StartFailure>, Status> {
         let mut state = self.state();
-        let steps = state.steps(process)?;
-        Ok(steps.map(|steps| state.start(steps, Transcript::new(), &self.machine)))
+        let steps = match state.steps(process)? {
+            Ok(steps) => steps,
+            Err(failure) => return Ok(Err(failure)),
+        };
+        let process = state.start(steps, Transcript::new(), &self.machine);
+        let (open, transcript) = (Arc::clone(&self.exec_sessions), process.transcript.clone());
+        open.send_modify(|open| *open += 1);
+        tokio::spawn(async move {
+            transcript.over().await;
+            open.send_modify(|open| *open -= 1);
+        });
+        Ok(Ok(process))
     }
 
     /// Sends the main process a signal.
@@ -295,7 +309,10 @@ mod tests {
         assert_eq!(guest.describe().main, i32::from(v1::MainState::Running));
         assert!(guest.exec(&process(&["sleep", "infinity"])).unwrap().is_ok());
         assert_eq!(guest.describe().sessions, 1);
+        let mut open = guest.exec_sessions();
+        assert_eq!(*open.borrow_and_update(), 1);
         guest.shut_down().await;
+        open.wait_for(|open| *open == 0).await.unwrap();
         assert_eq!(guest.describe().main, i32::from(v1::MainState::Exited));
         assert_eq!(
             guest.signal_main(15).unwrap_err().code(),

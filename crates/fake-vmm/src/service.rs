@@ -6,6 +6,7 @@ use std::sync::Arc;
 use futures::{Stream, StreamExt as _, stream};
 use offshoot_agent_proto::v1;
 use offshoot_agent_proto::v1::agent_server::Agent;
+use tokio_stream::wrappers::WatchStream;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::guest::Guest;
@@ -44,17 +45,19 @@ impl Agent for Service {
     type ExecStream = Replies<v1::ExecReply>;
     type CopyOutStream = stream::Empty<Result<v1::CopyOutReply, Status>>;
     type SshStream = stream::Empty<Result<v1::SshBytes, Status>>;
-    type SessionsStream = stream::Empty<Result<v1::SessionsReply, Status>>;
+    type SessionsStream = Replies<v1::SessionsReply>;
 
     async fn ssh(&self, _: Request<Streaming<v1::SshRequest>>) -> Result<Response<Self::SshStream>, Status> {
-        Err(Status::unimplemented("there is no SSH server yet"))
+        Err(Status::failed_precondition("a fake guest has no SSH server"))
     }
 
     async fn sessions(
         &self,
         _: Request<v1::SessionsRequest>,
     ) -> Result<Response<Self::SessionsStream>, Status> {
-        Err(Status::unimplemented("sessions are not counted yet"))
+        let counts = WatchStream::new(self.guest.exec_sessions());
+        let replies = counts.map(|exec| Ok(v1::SessionsReply { ssh: 0, exec }));
+        Ok(Response::new(Box::pin(replies)))
     }
 
     async fn hello(&self, _: Request<v1::HelloRequest>) -> Result<Response<v1::HelloReply>, Status> {

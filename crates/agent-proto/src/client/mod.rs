@@ -10,6 +10,7 @@
 mod copy;
 mod error;
 mod process;
+mod ssh;
 
 use std::io;
 use std::path::Path;
@@ -27,6 +28,7 @@ pub use self::process::{
     ExecSession, InputSender, MainInput, MainStart, ProcessEvent, ProcessEvents, StartRefusal,
     Stream as OutputStream,
 };
+pub use self::ssh::{SessionCount, SessionCounts, SshConnection};
 use crate::limits;
 use crate::link::HostLink;
 use crate::v1;

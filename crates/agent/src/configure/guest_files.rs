@@ -1,4 +1,4 @@
-//! What is prepared inside the VM's own namespace: kernel file systems, devices, names, work disk and shares.
+//! What is prepared inside the VM's own namespace: kernel file systems, devices, work disk and shares; and `names`.
 //!
 //! Everything here runs with the guest's root, so the image's symlinks lead where the image meant.
 
@@ -10,15 +10,12 @@ use std::path::{Path, PathBuf};
 use offshoot_agent_proto::v1;
 use rustix::mount::{MountFlags, mount};
 
+use super::names::{self, Names};
 use super::{ConfigureError, Stages, disk};
 use crate::log;
-use crate::spawn::write_file;
-
-/// The largest `/etc/hosts` that is looked at.
-const MAX_HOSTS: u64 = 1 << 20;
 
 pub(super) struct GuestPlan {
-    pub(super) hostname: String,
+    pub(super) names: Names,
     pub(super) work: Option<PathBuf>,
     pub(super) mounts: Vec<v1::SharedMount>,
 }
@@ -108,7 +105,9 @@ pub(super) fn prepare(plan: &GuestPlan) -> Result<Vec<v1::GuestStage>, Configure
     let lock = fs::create_dir("/run/lock")
         .and_then(|()| fs::set_permissions("/run/lock", fs::Permissions::from_mode(0o1777)));
     lock.map_err(ConfigureError::step("make /run/lock"))?;
-    write_names(&plan.hostname).map_err(ConfigureError::step("write the host's name below /etc"))?;
+    ensure_folder(Path::new("/etc"))
+        .and_then(|()| names::write(Path::new("/"), &plan.names))
+        .map_err(ConfigureError::step("write the guest's names below /etc"))?;
     stages.end("guest-files");
     if let Some(device) = &plan.work {
         disk::mount_ext4(device, "/root")?;
@@ -163,79 +162,4 @@ fn mount_share(share: &v1::SharedMount) -> Result<(), ConfigureError> {
         target: share.target.clone(),
         source,
     })
-}
-
-/// Writes `/etc/hostname` and `/etc/hosts` where they don't say it already, so that a restart writes nothing.
-fn write_names(hostname: &str) -> io::Result<()> {
-    ensure_folder(Path::new("/etc"))?;
-    let line = format!("{hostname}\n");
-    if fs::read_to_string("/etc/hostname").ok().as_ref() != Some(&line) {
-        write_file("/etc/hostname", &line)?;
-    }
-    let known = fs::metadata("/etc/hosts")
-        .ok()
-        .filter(|metadata| metadata.len() <= MAX_HOSTS);
-    let hosts = known.and_then(|_| fs::read_to_string("/etc/hosts").ok());
-    match hosts_with(hosts.as_deref().unwrap_or_default(), hostname) {
-        Some(hosts) => write_file("/etc/hosts", &hosts),
-        None => Ok(()),
-    }
-}
-
-/// The hosts file that also knows the guest's own name (hosts(5)); nothing when it does already. Docker writes such a
-/// file into every container, and users expect their name to resolve.
-fn hosts_with(hosts: &str, hostname: &str) -> Option<String> {
-    const LOCALHOST: &str = "127.0.0.1\tlocalhost\n\
-        ::1\tlocalhost ip6-localhost ip6-loopback\n\
-        fe00::\tip6-localnet\n\
-        ff00::\tip6-mcastprefix\n\
-        ff02::1\tip6-allnodes\n\
-        ff02::2\tip6-allrouters\n";
-    // The address Debian gives to a machine's own name.
-    const OWN_ADDRESS: &str = "127.0.1.1";
-    let fields = |line: &str| -> Vec<String> {
-        let line = line.split('#').next().unwrap_or_default();
-        line.split_whitespace().map(str::to_owned).collect()
-    };
-    let names = |name: &str| {
-        hosts
-            .lines()
-            .any(|line| fields(line).iter().skip(1).any(|known| known == name))
-    };
-    if names(hostname) {
-        return None;
-    }
-    // A name it had before, as when an image was made of a VM.
-    let mut new: String = hosts
-        .lines()
-        .filter(|line| fields(line).first().is_none_or(|address| address != OWN_ADDRESS))
-        .map(|line| format!("{line}\n"))
-        .collect();
-    if !names("localhost") {
-        new.insert_str(0, LOCALHOST);
-    }
-    if hostname != "localhost" {
-        new.push_str(&format!("{OWN_ADDRESS}\t{hostname}\n"));
-    }
-    Some(new)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hosts_file_knows_the_guest_once() {
-        let first = hosts_with("", "vm").unwrap();
-        assert!(
-            first.starts_with("127.0.0.1\tlocalhost\n") && first.ends_with("127.0.1.1\tvm\n"),
-            "{first}"
-        );
-        assert_eq!(hosts_with(&first, "vm"), None);
-        let renamed = hosts_with(&first, "other").unwrap();
-        assert_eq!(renamed, first.replace("127.0.1.1\tvm", "127.0.1.1\tother"));
-        let own = hosts_with("127.0.0.1 localhost\n10.0.0.1 db # vm", "vm").unwrap();
-        assert_eq!(own, "127.0.0.1 localhost\n10.0.0.1 db # vm\n127.0.1.1\tvm\n");
-        assert_eq!(hosts_with("127.0.0.1 localhost vm", "vm"), None);
-    }
 }

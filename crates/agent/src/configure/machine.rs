@@ -1,6 +1,7 @@
-//! What belongs to the kernel and not to a file system: clock, entropy, host name, loopback.
+//! What belongs to the kernel and not to a file system: clock, entropy, host name, loopback, and what the
+//! network lets everybody do.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
 use std::time::Duration;
@@ -14,6 +15,14 @@ const RNDADDENTROPY: libc::Ioctl = 0x4008_5203;
 const RNDRESEEDCRNG: libc::Ioctl = 0x5207;
 /// What one host call can credit.
 const MAX_ENTROPY: usize = 64;
+
+/// What processes may do without privileges. Docker gives every container the same, and images count on it.
+const FOR_EVERYBODY: [(&str, &str); 2] = [
+    // ICMP echo sockets, icmp(7), for all groups: ping.
+    ("/proc/sys/net/ipv4/ping_group_range", "0 2147483647"),
+    // A server that does not run as root listens on 80.
+    ("/proc/sys/net/ipv4/ip_unprivileged_port_start", "0"),
+];
 
 /// `struct rand_pool_info` of linux/random.h.
 #[repr(C)]
@@ -30,6 +39,11 @@ pub(super) fn set_up(hostname: &str, realtime: Duration, entropy: &[u8]) -> Resu
         .map_err(|error| ConfigureError::step("set the host name")(error.into()))?;
     if let Err(error) = loopback_up() {
         log::warning(format_args!("cannot bring the loopback interface up: {error}"));
+    }
+    for (path, value) in FOR_EVERYBODY {
+        if let Err(error) = fs::write(path, value) {
+            log::warning(format_args!("cannot write {path}: {error}"));
+        }
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! Makes the guest a VM: clock, entropy, host name, root and disks.
+//! Makes the guest a VM: clock, entropy, host name, root, disks and network.
 //!
 //! ```text
 //!   kind       /lower                  /overlay         /sysroot, then / of the VM's namespace
@@ -13,6 +13,8 @@
 mod disk;
 mod guest_files;
 mod machine;
+mod names;
+mod network;
 mod root;
 
 use std::io;
@@ -99,6 +101,7 @@ pub(crate) struct ConfigurePlan {
     root: RootPlan,
     work_serial: Option<String>,
     mounts: Vec<v1::SharedMount>,
+    network: Option<network::NetworkPlan>,
 }
 
 /// The longest host name that Linux takes.
@@ -151,6 +154,8 @@ pub(crate) fn plan(request: v1::ConfigureRequest) -> Result<ConfigurePlan, Confi
             ));
         }
     }
+    let network = request.network.as_ref().map(network::plan).transpose();
+    let network = network.map_err(|what| ConfigureError::Request { what })?;
     Ok(ConfigurePlan {
         hostname: request.hostname,
         realtime: Duration::from_nanos(request.realtime_ns),
@@ -158,6 +163,7 @@ pub(crate) fn plan(request: v1::ConfigureRequest) -> Result<ConfigurePlan, Confi
         root,
         work_serial: Some(request.work_serial).filter(|serial| !serial.is_empty()),
         mounts: request.mounts,
+        network,
     })
 }
 
@@ -197,15 +203,33 @@ impl Stages {
     }
 }
 
-/// Does what was decided. Blocks.
+/// Does what was decided, the network beside everything else. Blocks.
 pub(crate) fn apply(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> {
+    let Some(network) = &plan.network else {
+        return apply_rest(plan);
+    };
+    let (configured, network) = std::thread::scope(|scope| {
+        let network = scope.spawn(|| network::set_up(network));
+        let configured = apply_rest(plan);
+        let network = network.join().unwrap_or_else(|_| {
+            let panicked = io::Error::other("its thread panicked");
+            Err(ConfigureError::step("set up the network")(panicked))
+        });
+        (configured, network)
+    });
+    let mut configured = configured?;
+    configured.stages.extend(network?);
+    Ok(configured)
+}
+
+fn apply_rest(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> {
     let mut stages = Stages::new();
     machine::set_up(&plan.hostname, plan.realtime, &plan.entropy)?;
     stages.end("machine");
     let mut disks = root::mount_root(&plan.root, &mut stages)?;
     let work = plan.work_serial.as_deref().map(disk::find).transpose()?;
     let guest = guest_files::GuestPlan {
-        hostname: plan.hostname.clone(),
+        names: names::Names::new(&plan.hostname, plan.network.as_ref()),
         work: work.clone(),
         mounts: plan.mounts.clone(),
     };

@@ -16,6 +16,8 @@
     reason = "what QEMU does outside has no event to wait for; every wait ends at a state"
 )]
 
+mod network;
+
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
@@ -75,6 +77,11 @@ impl Drop for Machine {
 
 impl Machine {
     fn boot(images: &Images) -> Self {
+        Self::boot_with(images, &[])
+    }
+
+    /// With more arguments for QEMU.
+    fn boot_with(images: &Images, more: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let overlay = folder.path().join("overlay.ext4");
         File::create(&overlay).unwrap().set_len(64 << 20).unwrap();
@@ -153,6 +160,7 @@ impl Machine {
             ))
             .args(drive("root", &images.root, ",readonly=on"))
             .args(drive("overlay", &overlay, ",discard=unmap,detect-zeroes=unmap"))
+            .args(more)
             .stdin(Stdio::null())
             .spawn()
             .expect("qemu-system-x86_64");
