@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use async_trait::async_trait;
-use offshoot_model::{ErrorKind, Explain};
+use offshoot_model::{ErrorKind, Explain, Mac};
 use offshoot_sys::process::{Exit, SpawnError};
 use serde::{Deserialize, Serialize};
 
@@ -189,6 +189,12 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// Nobody opened the TAP that the plan speaks of.
+    #[error("the TAP of the network device {mac} was not opened")]
+    NoTap {
+        /// The device.
+        mac: Mac,
+    },
     /// The process could not be started.
     #[error("cannot start the VMM")]
     Spawn {
@@ -238,7 +244,9 @@ impl Explain for LaunchError {
             Self::Probe { source } => source.kind(),
             Self::Unsupported { .. } => ErrorKind::NotPossible,
             Self::Control { source, .. } => source.kind(),
-            Self::Prepare { .. } | Self::Spawn { .. } | Self::Exited { .. } => ErrorKind::Internal,
+            Self::NoTap { .. } | Self::Prepare { .. } | Self::Spawn { .. } | Self::Exited { .. } => {
+                ErrorKind::Internal
+            }
         }
     }
 
@@ -247,7 +255,9 @@ impl Explain for LaunchError {
             Self::Plan { source } => source.hints(),
             Self::Probe { source } => source.hints(),
             Self::Unsupported { .. } => vec!["choose another VMM with `--vmm`".into()],
-            Self::Prepare { .. } | Self::Spawn { .. } => vec!["run `offshoot doctor`".into()],
+            Self::NoTap { .. } | Self::Prepare { .. } | Self::Spawn { .. } => {
+                vec!["run `offshoot doctor`".into()]
+            }
             Self::Exited { log, .. } | Self::Control { log, .. } => {
                 vec![format!("its whole log is {}", log.display())]
             }

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use offshoot_model::{ByteSize, ErrorKind, Explain, Mac, VmId};
 use serde::{Deserialize, Serialize};
@@ -136,8 +136,25 @@ pub struct NetPlan {
 pub enum NetBackend {
     /// A TAP device by name; the plan's identity owns it.
     Tap(String),
-    /// An open TAP (its `/dev/net/tun` descriptor).
-    TapFd(Arc<OwnedFd>),
+    /// An open TAP: its `/dev/net/tun` descriptor, which the VMM inherits.
+    TapFd(TapSlot),
+}
+
+/// Where an open TAP is put after it was planned and before the VMM is launched. The launch takes it out: from then on the
+/// VMM alone has it, and the TAP ends with the VMM. Cheap to clone; every clone is the same slot.
+#[derive(Clone, Debug, Default)]
+pub struct TapSlot(Arc<Mutex<Option<OwnedFd>>>);
+
+impl TapSlot {
+    /// Puts it in.
+    pub fn fill(&self, tap: OwnedFd) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(tap);
+    }
+
+    /// Takes it out.
+    pub fn take(&self) -> Option<OwnedFd> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
 }
 
 /// How the host reaches the agent.
@@ -514,8 +531,9 @@ pub(crate) mod tests {
         (agent, boot, size, disks, pmems, shares, nets).prop_map(
             move |(agent, (kernel, initramfs, cmdline), (cpus, mib, virtio), disks, pmems, shares, nets)| {
                 let tap = || {
-                    let null = std::fs::File::open("/dev/null").expect("it is there");
-                    NetBackend::TapFd(Arc::new(null.into()))
+                    let (slot, null) = (TapSlot::default(), std::fs::File::open("/dev/null"));
+                    slot.fill(null.expect("it is there").into());
+                    NetBackend::TapFd(slot)
                 };
                 let plan = LaunchPlan {
                     cpus,

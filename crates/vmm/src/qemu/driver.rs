@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use offshoot_sys::process::{
-    DetachedCommand, Identity, InheritedFd, PidFd, ResourceLimit, Signal, share_fd, spawn_detached,
+    DetachedCommand, Identity, InheritedFd, PidFd, ResourceLimit, Signal, spawn_detached,
 };
 use tokio::sync::OnceCell;
 
@@ -260,10 +260,7 @@ fn prepare(
     }
     for (net, number) in plan.nets.iter().zip(FIRST_TAP_FD..) {
         if let NetBackend::TapFd(tap) = &net.backend {
-            let fd = share_fd(tap).map_err(|source| LaunchError::Prepare {
-                path: "/dev/net/tun".into(),
-                source,
-            })?;
+            let fd = tap.take().ok_or(LaunchError::NoTap { mac: net.mac })?;
             command.inherit.push(InheritedFd { fd, number });
         }
     }
