@@ -9,7 +9,7 @@
 //! reset:  reset reset reset …
 //! rm:     clean_up … clean_up clean_up            (backwards)
 //! daemon restart with a running VM:  adopt adopt adopt …
-//! every minute:  leftovers, remove_leftover     (backwards)
+//! every minute:  tend tend tend … of each VM that runs, then leftovers, remove_leftover     (backwards)
 //! ```
 
 use async_trait::async_trait;
@@ -72,6 +72,12 @@ pub trait Capability: Send + Sync {
     /// Finds again what a run had before the daemon was restarted. Called once instead of `prepare` and `after_boot`.
     async fn adopt(&self, _run: &Run) -> Result<(), CapabilityError> {
         Ok(())
+    }
+
+    /// Mends what somebody else broke of a VM that runs, and tells what it mended, a line each. Called every minute, never
+    /// while another hook of the run is under way.
+    async fn tend(&self, _run: &Run) -> Result<Vec<String>, CapabilityError> {
+        Ok(Vec::new())
     }
 
     /// Undoes `prepare` and `after_boot` as far as they came. Called at the end of every run and of every start that

@@ -1,5 +1,6 @@
 //! What is kept of a VM: the request and every decision made for it, and where its life stands.
 
+use offshoot_agent_proto::client::SessionCount;
 use offshoot_model::{
     Attachment, BaseId, Digest, ExitStatus, KernelId, ProcessConfig, VmConfig, VmId, VmName, VmState,
 };
@@ -90,6 +91,8 @@ pub struct Life {
     pub removing: bool,
     /// What of the running VM does not work any more. Not stored: whoever takes a VM over finds it out.
     pub degraded: Vec<String>,
+    /// How many sessions the running guest has. Not stored: the agent tells whoever asks.
+    pub sessions: SessionCount,
 }
 
 impl Life {
@@ -105,6 +108,7 @@ impl Life {
             held: false,
             removing: false,
             degraded: Vec::new(),
+            sessions: SessionCount::default(),
         }
     }
 
@@ -189,6 +193,7 @@ impl VmRecord {
                 held: row.held,
                 removing: row.removing,
                 degraded: Vec::new(),
+                sessions: SessionCount::default(),
             },
         })
     }

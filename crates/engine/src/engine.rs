@@ -4,10 +4,11 @@ use std::collections::HashMap;
 use std::io;
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt};
 use std::path::PathBuf;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use offshoot_model::{
-    BaseId, ConfigError, Digest, EventAction, Finding, ImageConfig, KernelId, VmConfig, VmId, VmName,
+    Attachment, BaseId, ConfigError, Digest, EventAction, Finding, ImageConfig, KernelId, VmConfig, VmId,
+    VmName,
 };
 use offshoot_store::db::{Db, DbError, NewEvent};
 
@@ -15,6 +16,7 @@ use crate::capability::Capability;
 use crate::definition::{Choice, Life, VmDefinition, VmRecord};
 use crate::error::VmError;
 use crate::events::EventLog;
+use crate::networks::{self, Changing, Networks};
 use crate::operation::{self, Stages};
 use crate::output::OutputLog;
 use crate::owner::{Owner, VmHandle, now_ms};
@@ -42,6 +44,8 @@ pub struct Parts {
     pub db: Db,
     /// Numbers and folders.
     pub config: EngineConfig,
+    /// The networks that VMs are on.
+    pub networks: Networks,
     /// What every VM is put together from, in the order they start.
     pub capabilities: Vec<Arc<dyn Capability>>,
 }
@@ -104,6 +108,15 @@ impl Registry {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(id, handle);
+    }
+
+    /// One VM for which this holds, as it is now. Copies nothing else: it is asked for every look-up of a name.
+    pub(crate) fn find_record(&self, holds: impl Fn(&VmRecord) -> bool) -> Option<Arc<VmRecord>> {
+        let handles = self.handles.read().unwrap_or_else(PoisonError::into_inner);
+        handles.values().find_map(|handle| {
+            let view = handle.view.borrow();
+            holds(&view).then(|| Arc::clone(&view))
+        })
     }
 }
 
@@ -183,6 +196,12 @@ impl Engine {
             .call(move |db| db.free_uid(base, count))
             .await?
             .ok_or(VmError::NoUid { count })?;
+        // Held until the row is written that takes the address.
+        let changing = self.networks().change().await;
+        let attachment = stages
+            .stage("network", self.attach(&changing, &request.config))
+            .await?;
+        let address = attachment.as_ref().map(networks::address_row);
         let record = VmRecord {
             id: id.clone(),
             name,
@@ -196,7 +215,7 @@ impl Engine {
                 stop_signal,
                 vmm: request.vmm,
                 root: request.root,
-                attachment: None,
+                attachment,
             },
             created_ms: now_ms(),
             life: Life::new(),
@@ -214,8 +233,12 @@ impl Engine {
             reason: record.definition.config.image.clone(),
         };
         let events = stages
-            .stage("row", db.call(move |db| db.insert_vm(&row, &[event])))
+            .stage(
+                "row",
+                db.call(move |db| db.insert_vm(&row, address.as_ref(), &[event])),
+            )
             .await?;
+        drop(changing);
         let handle = Owner::spawn(
             Arc::clone(&self.core),
             Arc::clone(&self.registry),
@@ -284,6 +307,11 @@ impl Engine {
         records
     }
 
+    /// Who knows all VMs, for those who must not keep the engine alive: the engine keeps them.
+    pub(crate) fn registry(&self) -> Weak<Registry> {
+        Arc::downgrade(&self.registry)
+    }
+
     /// Every finding of every capability.
     pub async fn check(&self) -> Vec<Finding> {
         self.core.preflight.look().await
@@ -292,6 +320,11 @@ impl Engine {
     /// The database.
     pub fn db(&self) -> &Db {
         &self.core.parts.db
+    }
+
+    /// The networks that VMs are on.
+    pub fn networks(&self) -> &Networks {
+        &self.core.parts.networks
     }
 
     /// What happened.
@@ -307,6 +340,21 @@ impl Engine {
     pub fn find_id(&self, id: &VmId) -> Option<VmHandle> {
         let handles = self.registry.handles.read();
         handles.unwrap_or_else(PoisonError::into_inner).get(id).cloned()
+    }
+
+    async fn attach(
+        &self,
+        changing: &Changing<'_>,
+        config: &VmConfig,
+    ) -> Result<Option<Attachment>, VmError> {
+        let given: Vec<_> = self
+            .records()
+            .iter()
+            .filter_map(|vm| vm.definition.attachment.as_ref())
+            .flat_map(|attachment| attachment.publish.iter().copied())
+            .collect();
+        let attached = self.networks().attach(changing, &config.network, &given).await;
+        attached.map_err(VmError::Network)
     }
 
     fn free_name(&self) -> Result<VmName, VmError> {

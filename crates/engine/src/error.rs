@@ -6,6 +6,7 @@ use offshoot_model::{ConfigError, ErrorKind, Explain, Finding, VmName};
 use offshoot_store::db::DbError;
 
 use crate::capability::CapabilityError;
+use crate::networks::NetworkError;
 use crate::request::RequestKind;
 
 /// A capability's error as a source: it keeps its own message and causes.
@@ -59,6 +60,9 @@ pub enum VmError {
     /// The request to create it is impossible on any host.
     #[error("cannot create the VM")]
     Config(#[source] ConfigError),
+    /// It gets no place on its network.
+    #[error("cannot create the VM")]
+    Network(#[source] NetworkError),
     /// What was asked for is not to be had here.
     #[error("cannot create the VM: {what}")]
     NotPossible {
@@ -146,6 +150,7 @@ impl Explain for VmError {
             Self::NotPossible { .. } | Self::NoUid { .. } | Self::Unfit { .. } => ErrorKind::NotPossible,
             Self::Stage { source, .. } | Self::Machine { source, .. } => source.0.kind(),
             Self::Cancelled { .. } => ErrorKind::Cancelled,
+            Self::Network(error) => error.kind(),
             Self::Db(error) => error.kind(),
             Self::Random(_) => ErrorKind::Internal,
         }
@@ -166,6 +171,7 @@ impl Explain for VmError {
             Self::Config(ConfigError::NoCommand) => {
                 vec!["name one after the image: `offshoot run IMAGE COMMAND`".into()]
             }
+            Self::Config(ConfigError::Network(error)) => vec![error.hint().into()],
             Self::Config(_) => vec!["see `offshoot run --help`".into()],
             Self::NoUid { .. } => {
                 vec!["remove VMs with `offshoot rm`, or raise `uid_count` in the daemon's config".into()]
@@ -190,6 +196,7 @@ impl Explain for VmError {
                     "see what its guest said with `offshoot logs --console {name}`"
                 )]
             }
+            Self::Network(error) => error.hints(),
             Self::Db(error) => error.hints(),
             Self::Cancelled { .. } | Self::Removed { .. } | Self::Random(_) => Vec::new(),
         }

@@ -12,7 +12,7 @@
 //! [`capability`] is what a VM is put together from; [`run`] is one run of a VM; [`operation`] puts hooks into timed
 //! stages and undoes them; [`owner`] is the task that owns a VM; [`engine`] keeps all owners; [`reconcile`] mends what a
 //! crash left. [`output`] is what the main process wrote, [`events`] what happened, [`measure`] the same as
-//! numbers.
+//! numbers. [`networks`] are what VMs are on, [`zone`] what they are called there.
 //!
 //! Not here: HTTP, images, how a base is made. Back ends come in as values ([`engine::Parts`]).
 
@@ -25,6 +25,7 @@ pub mod definition;
 pub mod paths;
 pub mod run;
 pub mod shares;
+pub mod ssh_keys;
 
 mod exit;
 pub mod fail_point;
@@ -36,7 +37,9 @@ pub mod engine;
 pub mod error;
 pub mod events;
 pub mod names;
+pub mod networks;
 pub mod owner;
 mod preflight;
 pub mod reconcile;
 mod restart;
+pub mod zone;

@@ -60,6 +60,11 @@ impl VmPaths {
         self.data.join("virtiofsd.log")
     }
 
+    /// The private key by which SSH clients know it again; root's alone.
+    pub fn ssh_host_key(&self) -> PathBuf {
+        self.data.join("ssh_host_ed25519_key")
+    }
+
     /// What its main process wrote.
     pub fn output(&self) -> PathBuf {
         self.data.join("output.log")

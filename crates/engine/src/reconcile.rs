@@ -11,7 +11,7 @@
 
 use std::time::Duration;
 
-use offshoot_model::{EventAction, KernelObject, VmId};
+use offshoot_model::{EventAction, KernelObject, ObjectKind, VmId};
 use offshoot_store::db::{Db, NewEvent};
 
 use crate::capability::Capability;
@@ -109,7 +109,13 @@ impl Engine {
     }
 }
 
-/// Whether a recorded thing is there: the name of each is a path that is there as long as it is.
+/// Whether a recorded thing is there: the name of each is a path that is there as long as it is. Interfaces and tables have none; who
+/// removes leftovers asks the kernel for them and needs no record.
 fn exists(object: &KernelObject) -> bool {
-    std::path::Path::new(&object.name).exists()
+    match object.kind {
+        ObjectKind::Tap | ObjectKind::Bridge | ObjectKind::NftTable => false,
+        ObjectKind::Folder | ObjectKind::Process | ObjectKind::Cgroup => {
+            std::path::Path::new(&object.name).exists()
+        }
+    }
 }

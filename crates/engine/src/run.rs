@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use offshoot_agent_proto::client::AgentClient;
+use offshoot_agent_proto::client::{AgentClient, SessionCount};
 use offshoot_agent_proto::v1;
 use offshoot_model::{ByteSize, VmId};
 use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice};
@@ -95,6 +95,17 @@ impl Health {
     }
 }
 
+/// Where it is said how many sessions the guest has.
+#[derive(Clone)]
+pub struct Sessions(Arc<watch::Sender<SessionCount>>);
+
+impl Sessions {
+    /// Says how many there are now.
+    pub fn set(&self, count: SessionCount) {
+        self.0.send_replace(count);
+    }
+}
+
 /// One run of a VM. Shared by reference with every hook.
 pub struct Run {
     /// The VM as it was when the run began.
@@ -111,6 +122,7 @@ pub struct Run {
     pub shares: Shares,
     agent: AgentSlot,
     health: Health,
+    sessions: Sessions,
     main_exit: MainExit,
     notes: Mutex<Notes>,
 }
@@ -120,6 +132,7 @@ struct Notes {
     machine: Option<Arc<dyn Machine>>,
     ending: Ending,
     ending_since: Instant,
+    host_key: Option<String>,
     guest_stages: Vec<(String, Duration)>,
     vmm_exit: Option<ExitCause>,
     causes: Vec<String>,
@@ -136,12 +149,14 @@ impl Run {
             over: CancellationToken::new(),
             shares: Shares::default(),
             health: Health(Arc::new(watch::Sender::new(Vec::new()))),
+            sessions: Sessions(Arc::new(watch::Sender::new(SessionCount::default()))),
             agent: AgentSlot(Arc::new(watch::Sender::new(None))),
             main_exit: MainExit(Arc::new(watch::Sender::new(None))),
             notes: Mutex::new(Notes {
                 machine: None,
                 ending: Ending::Kill,
                 ending_since: Instant::now(),
+                host_key: None,
                 guest_stages: Vec::new(),
                 vmm_exit: None,
                 causes: Vec::new(),
@@ -210,6 +225,35 @@ impl Run {
             // The sender lives as long as `self`.
             Err(_) => std::future::pending().await,
         }
+    }
+
+    /// Where it is said how many sessions the guest has, for a task of the run.
+    pub fn sessions(&self) -> Sessions {
+        self.sessions.clone()
+    }
+
+    /// Waits until the guest has another number of sessions than what is `known`.
+    pub async fn wait_sessions(&self, known: SessionCount) -> SessionCount {
+        let mut receiver = self.sessions.0.subscribe();
+        match receiver
+            .wait_for(|count| *count != known)
+            .await
+            .map(|count| *count)
+        {
+            Ok(count) => count,
+            // The sender lives as long as `self`.
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// Notes the private key that the guest's SSH server is known by.
+    pub fn set_host_key(&self, key: String) {
+        self.notes().host_key = Some(key);
+    }
+
+    /// The private key that the guest's SSH server is known by, once it is there.
+    pub fn host_key(&self) -> Option<String> {
+        self.notes().host_key.clone()
     }
 
     /// How much of a hurry `stop` is in.

@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
-use offshoot_agent_proto::client::{AgentClient, CallError, ConnectError};
+use offshoot_agent_proto::client::{AgentClient, CallError, ConnectError, SessionCount};
 use offshoot_agent_proto::v1;
 use offshoot_model::{ErrorKind, Explain, Finding};
 use offshoot_vmm::{AgentEndpoint, ExitCause, Machine};
 
 use crate::capability::{Capability, CapabilityError};
-use crate::run::{AgentSlot, Run};
+use crate::run::{AgentSlot, Run, Sessions};
 
 /// Connects to the agent, makes the guest this VM, and shuts it down.
 pub struct AgentCapability {
@@ -59,6 +59,8 @@ impl Explain for AgentError {
 
 /// How often a lost agent is looked for again, at first; doubled up to a second.
 const RETRY: Duration = Duration::from_millis(20);
+/// A guest that opens and closes sessions all the time is not followed faster than this.
+const COUNT_PAUSE: Duration = Duration::from_millis(20);
 /// How long a stop waits for an agent that does not answer now: a daemon that was restarted finds it within some
 /// milliseconds.
 const REAPPEARING: Duration = Duration::from_secs(1);
@@ -141,6 +143,57 @@ impl RunLink {
     }
 }
 
+/// Follows how many sessions the guest has, until the run is over.
+fn keep_counting(run: &Run) {
+    let (over, slot, sessions) = (run.over.clone(), run.agent_slot(), run.sessions());
+    tokio::spawn(async move {
+        tokio::select! {
+            () = over.cancelled() => {}
+            () = count_sessions(&slot, &sessions) => {}
+        }
+    });
+}
+
+async fn count_sessions(slot: &AgentSlot, sessions: &Sessions) {
+    let mut watched = slot.watch();
+    loop {
+        let agent = match watched.wait_for(Option::is_some).await {
+            Ok(agent) => agent.clone(),
+            Err(_) => return,
+        };
+        if let Some(agent) = agent
+            && let Err(error) = follow_sessions(&agent, sessions).await
+        {
+            tracing::debug!(%error, "sessions are not counted until the agent is there again");
+        }
+        sessions.set(SessionCount::default());
+        if watched.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Passes on the numbers of one connection, not more often than every [`COUNT_PAUSE`].
+async fn follow_sessions(agent: &AgentClient, sessions: &Sessions) -> Result<(), CallError> {
+    let mut counts = agent.sessions().await?;
+    while let Some(count) = counts.next().await {
+        let mut latest = count?;
+        sessions.set(latest);
+        let mut pause = std::pin::pin!(tokio::time::sleep(COUNT_PAUSE));
+        loop {
+            tokio::select! {
+                () = &mut pause => break,
+                count = counts.next() => match count {
+                    Some(count) => latest = count?,
+                    None => return Ok(()),
+                },
+            }
+        }
+        sessions.set(latest);
+    }
+    Ok(())
+}
+
 #[async_trait]
 impl Capability for AgentCapability {
     fn name(&self) -> &'static str {
@@ -158,12 +211,15 @@ impl Capability for AgentCapability {
         let mut entropy = vec![0; 64];
         offshoot_sys::random::fill(&mut entropy).map_err(|source| boxed(AgentError::Entropy(source)))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let request = v1::ConfigureRequest {
+        let mut request = v1::ConfigureRequest {
             hostname: run.vm.name.to_string(),
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             entropy: entropy.into(),
             ..run.plan.guest.clone()
         };
+        if let (Some(ssh), Some(key)) = (&mut request.ssh, run.host_key()) {
+            ssh.host_key = key;
+        }
         let stages = agent
             .configure(request)
             .await
@@ -187,6 +243,7 @@ impl Capability for AgentCapability {
                 agent: run.agent_slot(),
             },
         );
+        keep_counting(run);
         Ok(())
     }
 

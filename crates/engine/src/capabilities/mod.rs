@@ -5,6 +5,7 @@
 mod admission;
 mod agent;
 mod disk;
+mod firewall;
 mod folders;
 mod host_disk;
 mod in_use;
@@ -13,21 +14,28 @@ mod leftover;
 mod limits;
 mod main_process;
 mod mounts;
+mod names;
+mod network;
 mod overlay;
 mod root;
+mod ssh;
 mod vmm;
 mod vmm_checks;
 mod work;
 
 pub use admission::{AdmissionCapability, AdmissionError};
 pub use agent::AgentCapability;
+pub use firewall::FirewallCapability;
 pub use folders::FoldersCapability;
 pub use kernel::KernelCapability;
 pub use limits::{GroupRecord, LimitsCapability};
 pub use main_process::MainProcessCapability;
 pub use mounts::{MountError, MountsCapability, check_source};
+pub use names::NamesCapability;
+pub use network::{NetworkCapability, tap_name};
 pub use overlay::OverlayCapability;
 pub use root::RootCapability;
+pub use ssh::{SshCapability, port as ssh_port};
 pub use vmm::{Accelerator, VmmCapability};
 pub use work::WorkCapability;
 

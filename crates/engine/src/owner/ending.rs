@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use offshoot_agent_proto::client::SessionCount;
 use offshoot_model::{EventAction, ExitReason, ExitStatus, VmState};
 use offshoot_store::db::VmWrite;
 
@@ -59,6 +60,7 @@ impl Owner {
             failure: causes.clone(),
             held: asked || self.record.life.held,
             degraded: Vec::new(),
+            sessions: SessionCount::default(),
             ..self.record.life.clone()
         };
         let write = VmWrite {

@@ -88,10 +88,13 @@ impl Owner {
         (run, whole)
     }
 
-    /// The look that is due every minute. What a running VM loses is noticed by its run; here it is about what a VM that
-    /// does not run still has.
+    /// The look that is due every minute: what others broke of a VM that runs, and what one that does not run still has.
+    /// The loss of a process is noticed by its run at once.
     pub(super) async fn tend(&mut self) {
-        if self.removed || self.run.is_some() || self.record.life.state.has_vmm() {
+        if let Some(run) = self.run.clone() {
+            return self.tend_running(&run).await;
+        }
+        if self.removed || self.record.life.state.has_vmm() {
             return;
         }
         if !self.paths.run().exists() {
@@ -108,6 +111,30 @@ impl Owner {
         );
         let told = self.core.events.record(event).await;
         self.log_failure("cannot keep an event", told.map_err(VmError::from));
+    }
+}
+
+impl Owner {
+    async fn tend_running(&self, run: &Run) {
+        for capability in self.core.parts.capabilities.clone() {
+            let mended = match capability.tend(run).await {
+                Ok(mended) => mended,
+                Err(error) => {
+                    let (capability, causes) = (capability.name(), chain(&StageFailure(error)));
+                    tracing::warn!(vm = %self.record.name, capability, ?causes, "cannot look after a running VM");
+                    continue;
+                }
+            };
+            for line in mended {
+                tracing::warn!(vm = %self.record.name, "{line}");
+                let told = self
+                    .core
+                    .events
+                    .record(self.event(EventAction::Repair, line))
+                    .await;
+                self.log_failure("cannot keep an event", told.map_err(VmError::from));
+            }
+        }
     }
 }
 

@@ -21,6 +21,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use offshoot_agent_proto::client::SessionCount;
 use offshoot_model::{Event as HistoryEvent, EventAction, ExitReason, OperationId, VmName, VmState};
 use offshoot_store::db::{NewEvent, VmWrite};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -144,6 +145,7 @@ enum Event {
     VmmExited,
     RestartDue,
     Degraded(Vec<String>),
+    Sessions(SessionCount),
 }
 
 pub(crate) struct Owner {
@@ -222,7 +224,7 @@ impl Owner {
                         // Every handle is gone: the daemon is shutting down, and the VM runs on.
                         None => return,
                     },
-                    event = next_event(self.run.clone(), self.restart_at, &self.record.life.degraded) => {
+                    event = next_event(self.run.clone(), self.restart_at, &self.record.life) => {
                         let (letters, waiting) = (&mut letters, &mut waiting);
                         self.as_operation(operation::new_id(), async |owner| {
                             owner.handle_event(event, letters, waiting).await;
@@ -356,6 +358,10 @@ impl Owner {
     ) {
         let result = match event {
             Event::Degraded(messages) => return self.degrade(messages).await,
+            Event::Sessions(count) => {
+                self.record.life.sessions = count;
+                return self.announce(&[]);
+            }
             Event::MainExited => {
                 self.end(Ending::Graceful(AFTER_MAIN), ExitReason::MainExited)
                     .await
@@ -589,11 +595,7 @@ impl Owner {
 }
 
 /// Waits for what a run does by itself, or for a restart that is due.
-async fn next_event(
-    run: Option<Arc<Run>>,
-    restart_at: Option<tokio::time::Instant>,
-    degraded: &[String],
-) -> Event {
+async fn next_event(run: Option<Arc<Run>>, restart_at: Option<tokio::time::Instant>, life: &Life) -> Event {
     let Some(run) = run else {
         return match restart_at {
             Some(at) => {
@@ -613,7 +615,8 @@ async fn next_event(
         biased;
         _ = run.wait_main_exit() => Event::MainExited,
         () = vmm => Event::VmmExited,
-        messages = run.wait_degraded(degraded) => Event::Degraded(messages),
+        messages = run.wait_degraded(&life.degraded) => Event::Degraded(messages),
+        count = run.wait_sessions(life.sessions) => Event::Sessions(count),
     }
 }
 

@@ -9,12 +9,15 @@ use async_trait::async_trait;
 use offshoot_engine::capability::{Capability, CapabilityError, Known, VmPlan};
 use offshoot_engine::definition::{Choice, VmRecord};
 use offshoot_engine::engine::{CreateRequest, Engine, EngineConfig, Parts};
+use offshoot_engine::networks::{Networks, NetworksConfig};
 use offshoot_engine::paths::VmPaths;
 use offshoot_engine::run::Run;
 use offshoot_model::{
     BaseId, ByteSize, Digest, ErrorKind, Explain, Finding, ImageConfig, KernelId, KernelObject, ObjectKind,
     Severity, VmConfig, VmId,
 };
+use offshoot_net::Namespace;
+use offshoot_net::host_ports::FreePorts;
 use offshoot_store::db::Db;
 use offshoot_sys::process::ProcessIdentity;
 use offshoot_vmm::{
@@ -265,8 +268,21 @@ pub(crate) async fn engine(folder: &Path, host: &Arc<Host>) -> Engine {
         }) as Arc<dyn Capability>
     });
     let owner = std::os::unix::fs::MetadataExt::gid(&std::fs::metadata(folder).unwrap());
+    let db = Db::open(folder).unwrap();
+    let networks = Networks::open(
+        db.clone(),
+        Namespace::own(),
+        Arc::new(FreePorts {
+            namespace: Namespace::own(),
+        }),
+        NetworksConfig {
+            pool: "10.87.0.0/16".parse().unwrap(),
+            data_dir: folder.join("data"),
+        },
+    );
     Engine::start(Parts {
-        db: Db::open(folder).unwrap(),
+        db,
+        networks: networks.await.unwrap(),
         config: EngineConfig {
             data_dir: folder.join("data"),
             run_dir: folder.join("run"),
