@@ -34,6 +34,9 @@ pub struct VmStats {
     pub memory: MemoryStats,
     /// Its disks.
     pub disk: DiskStats,
+    /// Its network device, as the guest sees it; absent without a network.
+    #[serde(default)]
+    pub network: Option<NetworkStats>,
     /// Threads of its VMM and its helpers.
     pub pids: PidStats,
 }
@@ -81,6 +84,24 @@ pub struct DiskStats {
     pub read: u64,
     /// Bytes that its processes had written to storage.
     pub written: u64,
+}
+
+/// A network device, as the guest sees it: what it receives is what its TAP on the host sends.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct NetworkStats {
+    /// Bytes that came to the guest.
+    pub received_bytes: u64,
+    /// Packets that came to the guest.
+    pub received_packets: u64,
+    /// Packets to the guest that it did not take in time.
+    pub received_dropped: u64,
+    /// Bytes that the guest sent.
+    pub sent_bytes: u64,
+    /// Packets that the guest sent.
+    pub sent_packets: u64,
+    /// Packets of the guest that the host's kernel did not take.
+    pub sent_dropped: u64,
 }
 
 /// Threads.

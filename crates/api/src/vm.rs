@@ -1,8 +1,12 @@
 //! VMs over the wire. The request to create one is [`offshoot_model::VmConfig`] itself.
 
-use offshoot_model::{ExitStatus, ProcessConfig, StageTiming, VmConfig, VmId, VmName, VmState};
+use offshoot_model::{
+    ExitStatus, ProcessConfig, PublishedPort, StageTiming, VmConfig, VmId, VmName, VmState,
+};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
+
+use crate::network::VmNetwork;
 
 /// One row of `ps`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -30,6 +34,31 @@ pub struct VmSummary {
     /// Why it works only in part, one line each: `the share on /data is gone: its virtiofsd died`. Empty when it is well.
     #[serde(default)]
     pub degraded: Vec<String>,
+    /// Its place on its network; absent when it is on none.
+    #[serde(default)]
+    pub network: Option<VmNetwork>,
+    /// Ports of the host that lead to it while it runs, all with a number.
+    #[serde(default)]
+    pub ports: Vec<PublishedPort>,
+    /// How many sessions are open in it.
+    #[serde(default)]
+    pub sessions: Sessions,
+}
+
+/// How many sessions are open in a VM that runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct Sessions {
+    /// SSH connections, over the network and over the agent's channel.
+    pub ssh: u32,
+    /// `exec` sessions.
+    pub exec: u32,
+}
+
+impl Sessions {
+    /// All of them.
+    pub fn total(self) -> u32 {
+        self.ssh.saturating_add(self.exec)
+    }
 }
 
 /// Everything about a VM.

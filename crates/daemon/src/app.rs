@@ -8,13 +8,18 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use offshoot_engine::capabilities::{
-    Accelerator, AdmissionCapability, AgentCapability, FoldersCapability, KernelCapability, LimitsCapability,
-    MainProcessCapability, MountsCapability, OverlayCapability, RootCapability, VmmCapability,
-    WorkCapability,
+    Accelerator, AdmissionCapability, AgentCapability, FirewallCapability, FoldersCapability,
+    KernelCapability, LimitsCapability, MainProcessCapability, MountsCapability, NamesCapability,
+    NetworkCapability, OverlayCapability, RootCapability, SshCapability, VmmCapability, WorkCapability,
 };
 use offshoot_engine::capability::Capability;
 use offshoot_engine::engine::{Engine, EngineConfig, Parts};
+use offshoot_engine::networks::{Networks, NetworksConfig};
+use offshoot_engine::zone::LiveZone;
 use offshoot_kernel::KernelStore;
+use offshoot_net::Namespace;
+use offshoot_net::dns::{DnsConfig, DnsServers};
+use offshoot_net::host_ports::FreePorts;
 use offshoot_rootfs::base::BaseStore;
 use offshoot_store::blobs::BlobStore;
 use offshoot_store::db::Db;
@@ -53,6 +58,8 @@ pub struct App {
     pub accelerator: Accelerator,
     /// Which VM fits this host.
     pub admission: Arc<AdmissionCapability>,
+    /// Who answers for the names of VMs.
+    pub names: Arc<DnsServers>,
     /// The agent that goes into kernel bundles.
     pub agent: PathBuf,
     /// What is counted.
@@ -82,6 +89,7 @@ impl App {
         socket: &Path,
         config_file: Option<&Path>,
         config: DaemonConfig,
+        namespace: Namespace,
     ) -> anyhow::Result<Shared> {
         // First: what happens to VMs while they are found again counts.
         let numbers = Numbers::install()?;
@@ -146,6 +154,24 @@ impl App {
             data_dir: data_dir.clone(),
             ledger: Arc::default(),
         });
+        let networks = Networks::open(
+            db.clone(),
+            namespace.clone(),
+            Arc::new(FreePorts {
+                namespace: namespace.clone(),
+            }),
+            NetworksConfig {
+                pool: config.network_pool,
+                data_dir: data_dir.clone(),
+            },
+        )
+        .await?;
+        let zone = LiveZone::new(networks.clone());
+        let dns = DnsConfig {
+            domain: config.dns_domain.parse()?,
+            upstream: config.dns_upstream.clone(),
+        };
+        let names = Arc::new(DnsServers::new(namespace, dns, Arc::clone(&zone) as _));
         let capabilities: Vec<Arc<dyn Capability>> = vec![
             Arc::clone(&admission) as Arc<dyn Capability>,
             Arc::new(FoldersCapability {
@@ -169,6 +195,16 @@ impl App {
                 virtiofsd: Arc::clone(&virtiofsd),
                 run_dir: run_dir.clone(),
             }),
+            Arc::new(NetworkCapability::new(
+                networks.clone(),
+                config.dns_domain.clone(),
+            )),
+            Arc::new(FirewallCapability::new(networks.clone(), db.clone(), data_dir)),
+            Arc::new(NamesCapability {
+                servers: Arc::clone(&names),
+                networks: networks.clone(),
+            }),
+            Arc::new(SshCapability),
             Arc::new(KernelCapability {
                 kernels: Arc::clone(&kernels),
                 agent: agent.clone(),
@@ -196,9 +232,11 @@ impl App {
         let engine = Engine::start(Parts {
             db: db.clone(),
             config: engine_config,
+            networks,
             capabilities,
         })
         .await?;
+        zone.follow(&engine);
         refresh_kernel(&kernels, &agent).await;
         look_after(engine.clone());
         let images = Images::new(db, blobs, bases, engine.clone(), config.clone());
@@ -211,6 +249,7 @@ impl App {
             virtiofsd,
             accelerator,
             admission,
+            names,
             agent,
             numbers,
             data_dir: data_dir.clone(),

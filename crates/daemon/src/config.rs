@@ -1,11 +1,14 @@
 //! The daemon's settings: a TOML file, every key with a default. `docs/config.md` lists them.
 
+use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use ipnet::Ipv4Net;
 use offshoot_engine::admission::AdmissionRules;
 use offshoot_model::ByteSize;
+use offshoot_net::dns::UpstreamAddress;
 use serde::Deserialize;
 
 use crate::prometheus::LoopbackAddress;
@@ -35,6 +38,12 @@ pub struct DaemonConfig {
     pub prune_grace_s: u64,
     /// Where `/metrics` is served over TCP as well, `127.0.0.1:PORT`; nowhere when absent.
     pub metrics_listen: Option<LoopbackAddress>,
+    /// Where networks get their subnets from.
+    pub network_pool: Ipv4Net,
+    /// The domain of VMs' names.
+    pub dns_domain: String,
+    /// Who is asked for names that are none of ours, `ADDRESS[:PORT]`; the host's resolvers when empty.
+    pub dns_upstream: Vec<UpstreamAddress>,
     /// How much memory may be promised to VMs that run, as a multiple of the host's.
     pub memory_overcommit: f64,
     /// With less free in the data directory, no VM is created, MiB.
@@ -63,6 +72,12 @@ impl Default for DaemonConfig {
             // Whoever fetched or made something within the hour is likely to go on with it.
             prune_grace_s: 3600,
             metrics_listen: None,
+            // In the middle of what RFC 1918 leaves to everybody, where routers of homes and offices, container engines and
+            // clouds do not begin to count.
+            network_pool: Ipv4Net::new_assert(Ipv4Addr::new(10, 87, 0, 0), 16),
+            // `internal` is no other's and will not be (ICANN, 2024).
+            dns_domain: "vm.internal".into(),
+            dns_upstream: Vec::new(),
             // Guests take their memory as they touch it. Clouds that sell it have settled on the same ratio (OpenStack
             // Nova's `ram_allocation_ratio`).
             memory_overcommit: 1.5,
@@ -90,6 +105,12 @@ impl DaemonConfig {
             toml::from_str(&text).with_context(|| format!("cannot understand {}", path.display()))?;
         if config.memory_overcommit.is_nan() || config.memory_overcommit < 1.0 {
             anyhow::bail!("{}: `memory_overcommit` must be at least 1", path.display());
+        }
+        if !is_domain(&config.dns_domain) {
+            anyhow::bail!(
+                "{}: `dns_domain` must be a domain in lower case, such as `vm.internal`",
+                path.display()
+            );
         }
         Ok(config)
     }
@@ -131,6 +152,20 @@ impl DaemonConfig {
     }
 }
 
+/// Whether a text is a domain as guests search it: labels of letters, digits and hyphens (RFC 1123), short enough that
+/// a VM's name fits in front.
+fn is_domain(text: &str) -> bool {
+    let label = |label: &str| {
+        (1..=63).contains(&label.len())
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+            && label
+                .bytes()
+                .all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-')
+    };
+    text.len() <= 180 && text.split('.').all(label)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -154,5 +189,23 @@ mod tests {
             std::fs::write(&path, format!("memory_overcommit = {ratio}\n")).unwrap();
             assert_eq!(DaemonConfig::load(Some(&path)).is_ok(), good, "{ratio}");
         }
+        for (domain, good) in [
+            ("vm.internal", true),
+            ("lab", true),
+            ("", false),
+            ("a..b", false),
+            ("Lab", false),
+            ("-a.b", false),
+            ("a b", false),
+        ] {
+            std::fs::write(&path, format!("dns_domain = \"{domain}\"\n")).unwrap();
+            assert_eq!(DaemonConfig::load(Some(&path)).is_ok(), good, "{domain}");
+        }
+        for (upstream, good) in [("9.9.9.9", true), ("[::1]:5353", true), ("dns.example", false)] {
+            std::fs::write(&path, format!("dns_upstream = [\"{upstream}\"]\n")).unwrap();
+            assert_eq!(DaemonConfig::load(Some(&path)).is_ok(), good, "{upstream}");
+        }
+        std::fs::write(&path, "network_pool = \"10.9.0.0\"\n").unwrap();
+        assert!(DaemonConfig::load(Some(&path)).is_err());
     }
 }

@@ -100,7 +100,7 @@ impl<S: Send + Sync> FromRequestParts<S> for Upgrade {
             Err(rejection) => Err(Refusal::new(
                 rejection.status(),
                 format!("this is a session: {}", rejection.body_text()),
-                "open a WebSocket with the subprotocol `v5.channel.k8s.io`, or use `offshoot exec` or `offshoot attach`",
+                "open a WebSocket (for `exec` and `attach` with the subprotocol `v5.channel.k8s.io`), or use `offshoot exec`, `offshoot attach` or `offshoot ssh`",
             )),
         }
     }

@@ -6,9 +6,12 @@ use tracing::Subscriber;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::MakeWriter;
 
+/// What is logged by default. Not what the DNS libraries have to say of messages that strangers send.
+const DEFAULT: &str = "info,hickory_net=off,hickory_proto=off,hickory_resolver=off";
+
 /// Logs from now on. `OFFSHOOT_LOG` sets what.
 pub fn start(json: bool) {
-    let filter = EnvFilter::try_from_env("OFFSHOOT_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("OFFSHOOT_LOG").unwrap_or_else(|_| EnvFilter::new(DEFAULT));
     // Colours in a journal or a file keep `grep op=…` from finding anything.
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let log = subscriber(json, filter, colours, std::io::stderr);

@@ -37,6 +37,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::Parser;
 use offshoot_engine::fail_point;
+use offshoot_net::Namespace;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use crate::app::App;
@@ -68,6 +69,9 @@ struct Arguments {
     /// A TOML file with settings; see docs/config.md
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
+    /// The network namespace (`ip netns add NAME`) for bridges, filters, names and published ports [default: the host's]
+    #[arg(long, value_name = "NAME")]
+    netns: Option<String>,
     /// Log lines as JSON
     #[arg(long)]
     log_json: bool,
@@ -103,6 +107,10 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         );
     }
     let config = DaemonConfig::load(arguments.config.as_deref())?;
+    let namespace = match &arguments.netns {
+        Some(name) => Namespace::named(name)?,
+        None => Namespace::own(),
+    };
     let socket = arguments
         .socket
         .unwrap_or_else(|| arguments.run_dir.join("api.sock"));
@@ -118,6 +126,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             &socket,
             arguments.config.as_deref(),
             config,
+            namespace,
         )
         .await?;
         if let Some(address) = app.config.metrics_listen {

@@ -1,16 +1,47 @@
 //! What running VMs take: the numbers behind `offshoot stats`.
 
-use offshoot_api::stats::{CpuStats, DiskStats, MemoryStats, PidStats, VmStats};
-use offshoot_engine::capabilities::GroupRecord;
+use std::collections::HashMap;
+
+use offshoot_api::stats::{CpuStats, DiskStats, MemoryStats, NetworkStats, PidStats, VmStats};
+use offshoot_engine::capabilities::{GroupRecord, tap_name};
 use offshoot_engine::definition::VmRecord;
 use offshoot_engine::paths::VmPaths;
+use offshoot_net::Namespace;
+use offshoot_net::counters::{self, Counters};
 use offshoot_sys::cgroup::{CPU_PERIOD_US, GroupLimits, GroupUsage};
 use offshoot_sys::usage::{ProcessUsage, since_boot, usage_of};
 
 use crate::usage::{memory_of, pids_of, vm_files};
 
+/// What went over every interface of the VMs' namespace.
+pub struct Traffic(HashMap<String, Counters>);
+
+impl Traffic {
+    /// Reads it once, for any number of VMs.
+    pub fn read(namespace: &Namespace) -> Self {
+        Self(counters::read(namespace).unwrap_or_else(|error| {
+            tracing::debug!(%error, "cannot read what went over the VMs' interfaces");
+            HashMap::new()
+        }))
+    }
+
+    /// What went over a VM's network device, as its guest sees it.
+    pub fn of(&self, vm: &VmRecord) -> Option<NetworkStats> {
+        vm.definition.attachment.as_ref()?;
+        let tap = self.0.get(&tap_name(&vm.id))?;
+        Some(NetworkStats {
+            received_bytes: tap.tx_bytes,
+            received_packets: tap.tx_packets,
+            received_dropped: tap.tx_dropped,
+            sent_bytes: tap.rx_bytes,
+            sent_packets: tap.rx_packets,
+            sent_dropped: tap.rx_dropped,
+        })
+    }
+}
+
 /// What a VM takes now. Reads what file systems and the kernel know; what ends meanwhile is not counted.
-pub fn stats(vm: &VmRecord, paths: &VmPaths) -> VmStats {
+pub fn stats(vm: &VmRecord, paths: &VmPaths, traffic: &Traffic) -> VmStats {
     let pids = pids_of(vm, paths);
     let (group, limits) = group(vm, paths);
     let read_at_us = u64::try_from(since_boot().as_micros()).unwrap_or(u64::MAX);
@@ -44,6 +75,7 @@ pub fn stats(vm: &VmRecord, paths: &VmPaths) -> VmStats {
             read: processes.read_bytes,
             written: processes.write_bytes,
         },
+        network: traffic.of(vm),
         pids: PidStats {
             current: group.pids.unwrap_or(processes.threads),
             limit: limits.pids,

@@ -254,7 +254,10 @@ mod tests {
     use offshoot_api::prune::PruneKind;
     use offshoot_engine::definition::Choice;
     use offshoot_engine::engine::{CreateRequest, Engine, EngineConfig, Parts};
+    use offshoot_engine::networks::{Networks, NetworksConfig};
     use offshoot_model::{ErrorKind, KernelId, Progress, VmConfig};
+    use offshoot_net::Namespace;
+    use offshoot_net::host_ports::FreePorts;
     use offshoot_rootfs::base::BaseStore;
     use offshoot_store::blobs::BlobStore;
     use offshoot_store::db::Db;
@@ -286,8 +289,17 @@ mod tests {
                 uid_count: 10,
                 gid: fs::metadata(dir.path()).unwrap().gid(),
             };
+            let ports = Arc::new(FreePorts {
+                namespace: Namespace::own(),
+            });
+            let networks = NetworksConfig {
+                pool: DaemonConfig::default().network_pool,
+                data_dir: config.data_dir.clone(),
+            };
+            let networks = Networks::open(db.clone(), Namespace::own(), ports, networks);
             let engine = Engine::start(Parts {
                 db: db.clone(),
+                networks: networks.await.unwrap(),
                 config,
                 capabilities: Vec::new(),
             })

@@ -9,6 +9,7 @@ mod lines;
 mod logs;
 mod reach;
 mod session;
+mod ssh;
 mod url;
 mod work;
 
@@ -25,9 +26,11 @@ pub use error::{ClientError, ProtocolError};
 pub use lines::{Events, Lines};
 pub use logs::Logs;
 pub use session::{ClientMessage, DaemonMessage, Session, SessionSink, SessionStream};
+pub use ssh::{SshSink, SshStream, SshTunnel};
 pub use work::Work;
 
 use crate::channel::ExecStart;
+use crate::dns::DnsInfo;
 use crate::doctor::{DoctorFixReport, DoctorReport};
 use crate::event::EventsQuery;
 use crate::image::{
@@ -35,7 +38,9 @@ use crate::image::{
     PrepareQuery, PullRequest, VerifyReport,
 };
 use crate::kernel::{DistroRequest, KernelSummary};
+use crate::network::{NetworkDetails, NetworkRequest, NetworkSummary};
 use crate::prune::{PruneQuery, PruneReport};
+use crate::ssh::{SshHosts, SshHostsQuery, SshQuery};
 use crate::stats::VmStats;
 use crate::system::SystemInfo;
 use crate::usage::DiskUsage;
@@ -70,6 +75,11 @@ impl Client {
     /// What the daemon is and has.
     pub async fn info(&self) -> Result<SystemInfo, ClientError> {
         self.get("/v1/system/info").await
+    }
+
+    /// Who answers for the names of VMs.
+    pub async fn dns(&self) -> Result<DnsInfo, ClientError> {
+        self.get("/v1/dns").await
     }
 
     /// Every check of every capability, and of the daemon itself.
@@ -220,6 +230,16 @@ impl Client {
         Ok(session)
     }
 
+    /// What SSH clients must know of VMs.
+    pub async fn ssh_hosts(&self, query: &SshHostsQuery) -> Result<SshHosts, ClientError> {
+        self.get(&url::with_query("/v1/ssh", query)).await
+    }
+
+    /// A connection to the SSH server in a VM's agent.
+    pub async fn ssh(&self, vm: &str, query: &SshQuery) -> Result<SshTunnel, ClientError> {
+        SshTunnel::open(&self.socket, &url::with_query(&url::vm(vm, "/ssh"), query)).await
+    }
+
     /// What stands at a path of the guest, and it as a tar. Dropping the body ends the copy.
     pub async fn archive(&self, vm: &str, path: &str) -> Result<(PathStat, AnswerBody), ClientError> {
         let target = url::with_query(
@@ -366,6 +386,27 @@ impl Client {
     pub async fn set_default_kernel(&self, id: &str) -> Result<KernelSummary, ClientError> {
         self.post(&format!("/v1/kernels/{}/default", url::encode(id)))
             .await
+    }
+
+    /// Every network.
+    pub async fn networks(&self) -> Result<Vec<NetworkSummary>, ClientError> {
+        self.get("/v1/networks").await
+    }
+
+    /// Makes a network.
+    pub async fn create_network(&self, request: &NetworkRequest) -> Result<NetworkSummary, ClientError> {
+        self.post_json("/v1/networks", request).await?.json().await
+    }
+
+    /// Everything about a network.
+    pub async fn network(&self, name: &str) -> Result<NetworkDetails, ClientError> {
+        self.get(&format!("/v1/networks/{}", url::encode(name))).await
+    }
+
+    /// Removes a network that no VM is on.
+    pub async fn remove_network(&self, name: &str) -> Result<(), ClientError> {
+        let target = format!("/v1/networks/{}", url::encode(name));
+        self.send(Method::DELETE, &target, Upload::none()).await.map(drop)
     }
 
     async fn get<T: DeserializeOwned>(&self, target: &str) -> Result<T, ClientError> {

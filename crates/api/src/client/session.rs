@@ -14,7 +14,7 @@ use super::connection::{Upload, exchange};
 use super::error::{ClientError, ProtocolError};
 use crate::channel::{self, ExecStart, Status, WindowSize};
 
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
+pub(super) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// What a client says in a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -158,14 +158,7 @@ impl SessionStream {
         while let Some(message) = self.stream.next().await {
             let message = match message {
                 Ok(message) => message,
-                // A daemon that is killed closes no session; that is an end all the same.
-                Err(
-                    tungstenite::Error::ConnectionClosed
-                    | tungstenite::Error::AlreadyClosed
-                    | tungstenite::Error::Protocol(
-                        tungstenite::error::ProtocolError::ResetWithoutClosingHandshake,
-                    ),
-                ) => return Ok(None),
+                Err(e) if is_end(&e) => return Ok(None),
                 Err(e) => return Err(broken(ProtocolError::WebSocket(Box::new(e)))),
             };
             match message {
@@ -176,6 +169,16 @@ impl SessionStream {
         }
         Ok(None)
     }
+}
+
+/// Whether this is how a session ends. A daemon that is killed closes none; that is an end all the same.
+pub(super) fn is_end(error: &tungstenite::Error) -> bool {
+    matches!(
+        error,
+        tungstenite::Error::ConnectionClosed
+            | tungstenite::Error::AlreadyClosed
+            | tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)
+    )
 }
 
 /// The binary messages for one thing to say: more than one only for long input.

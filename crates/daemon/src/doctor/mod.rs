@@ -17,7 +17,6 @@ mod leftovers;
 mod limits;
 mod modes;
 mod network;
-mod ports;
 mod tools;
 
 use std::collections::HashSet;
@@ -38,7 +37,7 @@ pub async fn report(app: &App) -> Vec<Finding> {
     findings.push(clock::check());
     findings.extend(limits::check());
     findings.extend(tools::check());
-    findings.extend(network::check());
+    findings.extend(network::check(app.engine.networks().namespace()));
     distinct(findings)
 }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! engine::measure ─┐
 //! requests ────────┼─► recorder ─► text of a scrape
-//! scrape: VMs, storage, process ─┘
+//! scrape: VMs, storage, traffic, process ─┘
 //! ```
 //!
 //! What happens is counted when it happens; what is, is looked at when somebody asks. Labels are states, kinds, routes and
@@ -14,6 +14,7 @@ mod names;
 mod process;
 mod requests;
 mod storage;
+mod traffic;
 
 use std::time::Duration;
 
@@ -46,6 +47,7 @@ const STATES: [VmState; 7] = VmState::ALL;
 pub struct Numbers {
     handle: PrometheusHandle,
     storage: Storage,
+    traffic: traffic::Seen,
 }
 
 impl Numbers {
@@ -68,6 +70,7 @@ impl Numbers {
         Ok(Self {
             handle,
             storage: Storage::default(),
+            traffic: traffic::Seen::default(),
         })
     }
 
@@ -79,6 +82,7 @@ impl Numbers {
         for (state, count) in by_state(states) {
             gauge!(names::VMS, "state" => state.as_str()).set(float(count));
         }
+        self.traffic.refresh(app).await;
         process::look();
         self.handle.render()
     }

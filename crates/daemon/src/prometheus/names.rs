@@ -2,6 +2,7 @@
 
 use metrics::{Unit, describe_counter, describe_gauge, describe_histogram};
 use offshoot_engine::measure;
+use offshoot_net::dns::measure as dns;
 
 pub(super) const BUILD_INFO: &str = "offshoot_build_info";
 pub(super) const VMS: &str = "offshoot_vms";
@@ -16,6 +17,11 @@ pub(super) const VM_MEMORY_BYTES: &str = "offshoot_vm_memory_bytes";
 pub(super) const VM_COPIES_BYTES: &str = "offshoot_vm_private_copies_bytes";
 pub(super) const VM_TAKEN_BYTES: &str = "offshoot_vm_taken_bytes";
 pub(super) const DEDUP_RATIO: &str = "offshoot_dedup_ratio";
+pub(super) const NETWORKS: &str = "offshoot_networks";
+pub(super) const PUBLISHED_PORTS: &str = "offshoot_published_ports";
+pub(super) const NETWORK_BYTES: &str = "offshoot_network_bytes_total";
+pub(super) const NETWORK_PACKETS: &str = "offshoot_network_packets_total";
+pub(super) const NETWORK_DROPPED: &str = "offshoot_network_dropped_packets_total";
 pub(super) const RESIDENT_BYTES: &str = "process_resident_memory_bytes";
 pub(super) const OPEN_FDS: &str = "process_open_fds";
 pub(super) const MAX_FDS: &str = "process_max_fds";
@@ -34,7 +40,7 @@ pub(super) enum Kind {
 }
 
 /// Every metric: how it moves, its name, what it counts.
-pub(super) const ALL: [(Kind, &str, &str); 23] = [
+pub(super) const ALL: [(Kind, &str, &str); 30] = [
     (Kind::Gauge, BUILD_INFO, "Always 1; its labels say what runs"),
     (Kind::Gauge, VMS, "VMs by state"),
     (
@@ -63,6 +69,16 @@ pub(super) const ALL: [(Kind, &str, &str); 23] = [
         Kind::Histogram,
         API_REQUEST_SECONDS,
         "How long the API takes from a request's head to the head of its answer",
+    ),
+    (
+        Kind::Counter,
+        dns::QUERIES,
+        "Look-ups of names by kind and outcome",
+    ),
+    (
+        Kind::Histogram,
+        dns::FORWARD_SECONDS,
+        "How long other resolvers take to answer for names that are none of ours",
     ),
     (Kind::Gauge, IMAGES, "Images, each once, whatever names it has"),
     (Kind::Gauge, BASES, "Bases"),
@@ -96,6 +112,27 @@ pub(super) const ALL: [(Kind, &str, &str); 23] = [
         Kind::Gauge,
         DEDUP_RATIO,
         "offshoot_vm_private_copies_bytes divided by offshoot_vm_taken_bytes; 1 without VMs",
+    ),
+    (Kind::Gauge, NETWORKS, "Networks of VMs"),
+    (
+        Kind::Gauge,
+        PUBLISHED_PORTS,
+        "Ports of the host that lead to running VMs",
+    ),
+    (
+        Kind::Counter,
+        NETWORK_BYTES,
+        "Bytes over the network devices of all VMs, as the guests see them",
+    ),
+    (
+        Kind::Counter,
+        NETWORK_PACKETS,
+        "Packets over the network devices of all VMs, as the guests see them",
+    ),
+    (
+        Kind::Counter,
+        NETWORK_DROPPED,
+        "Packets from and to the network devices of all VMs that were not taken",
     ),
     (Kind::Gauge, RESIDENT_BYTES, "Resident memory of the daemon"),
     (Kind::Gauge, OPEN_FDS, "Open file descriptors of the daemon"),

@@ -1,6 +1,7 @@
 //! The HTTP API: one module a resource. Handlers translate; they decide nothing.
 
 mod archive;
+mod dns;
 mod doctor;
 mod document;
 mod events;
@@ -9,7 +10,9 @@ mod images;
 mod kernels;
 mod logs;
 mod metrics;
+mod networks;
 mod session;
+mod ssh;
 mod stats;
 mod system;
 mod vms;
@@ -43,15 +46,18 @@ pub fn router(app: Shared, patience: Patience) -> axum::Router {
         .merge(vms::routes())
         .merge(logs::routes())
         .merge(session::routes())
+        .merge(ssh::routes())
         .merge(stats::routes())
         .merge(exec::routes())
         .merge(archive::routes())
         .merge(images::routes())
         .merge(kernels::routes())
+        .merge(networks::routes())
         .merge(system::routes())
         .merge(events::routes())
         .merge(metrics::routes())
         .merge(doctor::routes())
+        .merge(dns::routes())
         .split_for_parts();
     document::complete(&mut document);
     let router = router

@@ -10,7 +10,7 @@ use utoipa_axum::routes;
 use crate::app::Shared;
 use crate::blocking::blocking;
 use crate::error::{Answer, Failure};
-use crate::stats::stats;
+use crate::stats::{Traffic, stats};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(all)).routes(routes!(one))
@@ -20,9 +20,13 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
 async fn all(State(app): State<Shared>) -> Answer<Json<Vec<VmStats>>> {
     let handles = app.engine.list();
     let stats = blocking("the count", move || {
+        let traffic = Traffic::read(app.engine.networks().namespace());
         let running = handles.iter().filter_map(|handle| {
             let vm = handle.view.borrow().clone();
-            vm.life.state.has_vmm().then(|| stats(&vm, &handle.paths))
+            vm.life
+                .state
+                .has_vmm()
+                .then(|| stats(&vm, &handle.paths, &traffic))
         });
         Ok(running.collect())
     });
@@ -39,6 +43,9 @@ async fn one(State(app): State<Shared>, Path(name): Path<String>) -> Answer<Json
         return Err(Failure::new(ErrorKind::WrongState, said)
             .hint(format!("start it with `offshoot start {}`", vm.name)));
     }
-    let stats = blocking("the count", move || Ok(stats(&vm, &handle.paths)));
+    let stats = blocking("the count", move || {
+        let traffic = Traffic::read(app.engine.networks().namespace());
+        Ok(stats(&vm, &handle.paths, &traffic))
+    });
     Ok(Json(stats.await?))
 }

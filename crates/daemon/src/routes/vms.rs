@@ -6,13 +6,14 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use offshoot_api::vm::{
-    Decision, KillQuery, ListQuery, PassedOver, RemoveQuery, RenameQuery, ResetQuery, StopQuery, VmDetails,
-    VmPath, VmSummary, WaitAnswer,
+    Decision, KillQuery, ListQuery, PassedOver, RemoveQuery, RenameQuery, ResetQuery, Sessions, StopQuery,
+    VmDetails, VmPath, VmSummary, WaitAnswer,
 };
 use offshoot_engine::capabilities::check_source;
 use offshoot_engine::definition::{Choice, VmRecord};
 use offshoot_engine::engine::CreateRequest;
 use offshoot_engine::owner::{Request, VmHandle};
+use offshoot_engine::ssh_keys::check_keys;
 use offshoot_model::{Boot, ErrorKind, Progress, VmConfig, VmName, VmState};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -59,6 +60,17 @@ pub(super) fn summary(vm: &VmRecord) -> VmSummary {
         finished_ms: vm.life.finished_ms,
         exit: vm.life.exit,
         degraded: vm.life.degraded.clone(),
+        network: vm.definition.attachment.as_ref().map(Into::into),
+        ports: vm
+            .definition
+            .attachment
+            .as_ref()
+            .map(|attachment| attachment.publish.clone())
+            .unwrap_or_default(),
+        sessions: Sessions {
+            ssh: vm.life.sessions.ssh,
+            exec: vm.life.sessions.exec,
+        },
     }
 }
 
@@ -105,6 +117,7 @@ async fn create(
     for mount in &config.mounts {
         check_source(mount)?;
     }
+    check_keys(&config.ssh.keys)?;
     // What is no reference, or names no image, is told before what this host lacks.
     app.images.row(&config.image).await?;
     let vms = app.engine.list().len() as u64;
