@@ -108,6 +108,9 @@ mod tests {
             finished_ms: None,
             exit: None,
             degraded: Vec::new(),
+            network: None,
+            ports: Vec::new(),
+            sessions: offshoot_api::vm::Sessions::default(),
         };
         let now = 10_000_000;
         assert_eq!(status(&vm, now), "Created");

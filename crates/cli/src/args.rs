@@ -13,9 +13,12 @@ use crate::exec::{self, ExecArgs};
 use crate::image::{self, ImageCommand};
 use crate::kernel::{self, KernelCommand};
 use crate::logs::{self, LogsArgs};
+use crate::net::{self, NetCommand};
 use crate::output::OutputArgs;
+use crate::ports::{self, PortArgs};
 use crate::prune::{self, PruneArgs};
 use crate::run::{self, AttachArgs, CreateArgs, RunArgs, StartArgs};
+use crate::ssh::{self, KnownHostsArgs, ProxyArgs, SshArgs, SshConfigArgs};
 use crate::stats::{self, StatsArgs};
 use crate::system::{self, CompletionArgs, SystemCommand};
 use crate::usage::{self, DfArgs};
@@ -30,7 +33,7 @@ use crate::vm::{self, InspectArgs, KillArgs, PsArgs, RenameArgs, ResetArgs, RmAr
     disable_help_subcommand = true
 )]
 #[command(after_help = "Exit status: 0, 1 error, 2 wrong usage, 3 daemon unreachable; \
-    `run`, `exec`, `start -a`, `attach` and `wait` end with the status of the process.")]
+    `run`, `exec`, `ssh`, `start -a`, `attach` and `wait` end with the status of the process.")]
 pub(crate) struct Cli {
     /// Where the daemon listens
     #[arg(
@@ -80,6 +83,17 @@ enum Verb {
     /// Run a command in a running VM
     #[command(override_usage = "offshoot exec [OPTIONS] VM COMMAND [ARG...]")]
     Exec(Box<ExecArgs>),
+    /// Open a shell or run a command in a running VM, over SSH
+    #[command(override_usage = "offshoot ssh [OPTIONS] [USER@]VM [COMMAND] [ARG...]")]
+    Ssh(Box<SshArgs>),
+    /// Write what ssh, scp, rsync and their like need to reach VMs by name, as ssh_config(5)
+    SshConfig(SshConfigArgs),
+    /// Join standard input and output with a VM's SSH server
+    #[command(hide = true)]
+    SshProxy(ProxyArgs),
+    /// Print a VM's SSH host key as a line of known_hosts
+    #[command(hide = true)]
+    SshKnownHosts(KnownHostsArgs),
     /// Copy files between a VM and this machine
     Cp(CpArgs),
     /// Show what a VM's main process wrote
@@ -94,12 +108,17 @@ enum Verb {
     Wait(VmsArgs),
     /// Give a VM another name
     Rename(RenameArgs),
+    /// Show which ports of the host lead to a VM
+    Port(PortArgs),
     /// Work with images
     #[command(subcommand)]
     Image(ImageCommand),
     /// Work with kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
+    /// Work with networks
+    #[command(subcommand, visible_alias = "network")]
+    Net(NetCommand),
     /// Look at the daemon
     #[command(subcommand)]
     System(SystemCommand),
@@ -145,6 +164,10 @@ impl Cli {
             Verb::Ps(args) => vm::ps(client, &args).await,
             Verb::Inspect(args) => vm::inspect(client, &args).await,
             Verb::Exec(args) => exec::exec(client, *args).await,
+            Verb::Ssh(args) => ssh::ssh(client, *args).await,
+            Verb::SshConfig(args) => ssh::ssh_config(client, &args).await,
+            Verb::SshProxy(args) => ssh::proxy(client, &args).await,
+            Verb::SshKnownHosts(args) => ssh::known_hosts(client, &args).await,
             Verb::Cp(args) => cp::cp(client, &args).await,
             Verb::Logs(args) => logs::logs(client, &args).await,
             Verb::Stats(args) => stats::stats(client, &args).await,
@@ -152,8 +175,10 @@ impl Cli {
             Verb::Events(args) => events::events(client, &args).await,
             Verb::Wait(args) => vm::wait(client, &args).await,
             Verb::Rename(args) => vm::rename(client, &args).await,
+            Verb::Port(args) => ports::port(client, &args).await,
             Verb::Image(command) => image::image(client, command).await,
             Verb::Kernel(command) => kernel::kernel(client, command).await,
+            Verb::Net(command) => net::net(client, command).await,
             Verb::System(SystemCommand::Info(args)) | Verb::Info(args) => system::info(client, args).await,
             Verb::Df(args) => usage::df(client, &args).await,
             Verb::Prune(args) => prune::prune(client, &args).await,
@@ -208,6 +233,8 @@ mod tests {
           ps          List VMs
           inspect     Show everything about a VM, as JSON
           exec        Run a command in a running VM
+          ssh         Open a shell or run a command in a running VM, over SSH
+          ssh-config  Write what ssh, scp, rsync and their like need to reach VMs by name, as ssh_config(5)
           cp          Copy files between a VM and this machine
           logs        Show what a VM's main process wrote
           stats       Show what running VMs take, again and again
@@ -215,8 +242,10 @@ mod tests {
           events      Show what happens to VMs, and what happened
           wait        Wait until VMs do not run any more, and print their exit statuses
           rename      Give a VM another name
+          port        Show which ports of the host lead to a VM
           image       Work with images
           kernel      Work with kernels
+          net         Work with networks [alias: network]
           system      Look at the daemon
           df          Show what everything takes on disk, and VMs in memory
           prune       Delete what nothing needs any more
@@ -232,8 +261,8 @@ mod tests {
               --socket <PATH>  Where the daemon listens [env: OFFSHOOT_SOCKET] [default:
                                /run/offshoot/api.sock]
 
-        Exit status: 0, 1 error, 2 wrong usage, 3 daemon unreachable; `run`, `exec`, `start -a`, `attach`
-        and `wait` end with the status of the process.
+        Exit status: 0, 1 error, 2 wrong usage, 3 daemon unreachable; `run`, `exec`, `ssh`, `start -a`,
+        `attach` and `wait` end with the status of the process.
         "#);
     }
 
@@ -262,6 +291,18 @@ mod tests {
               --disk <SIZE>               Limit of what the VM can write to `/` [default: 10g]
               --work <SIZE>               Limit of the work disk at `/root` [default: 10g]
           -v, --volume <HOST:GUEST[:ro]>  Share a folder of the host
+          -p, --publish <HOST:GUEST>      Let a port of the host lead into it: `[ADDR:]HOST:GUEST[/udp]`, or
+                                          GUEST for any free port
+              --network <NAME>            Network to be on, or `none` [default: the network `default`]
+              --nat                       Let it reach what lies beyond the host, by the host's address, as
+                                          it does by default
+              --no-nat                    Let it reach nothing beyond the host
+              --isolate                   Keep it and the other VMs of its network from each other
+              --allow <WHAT>              Let it reach the host's own services, or the cloud's metadata
+                                          service [possible values: host, metadata]
+              --ip <ADDRESS>              IPv4 address to have on its network [default: a free one]
+              --ssh-port <PORT>           TCP port of its SSH server, 0 for none [default: 22, or none
+                                          beside an image's own]
               --init                      Hand PID 1 to the image's own init
               --restart <POLICY>          When to start it again by itself [default: no] [possible values:
                                           no, on-failure, always, unless-stopped]
@@ -271,6 +312,9 @@ mod tests {
                                           cloud-hypervisor, firecracker]
               --boot <BOOT>               Whether to boot it or restore a template [default: auto] [possible
                                           values: auto, cold, template]
+              --ssh-key <FILE|KEY>        Public key that opens the VM over SSH, or a file with some,
+                                          besides `~/.ssh/*.pub` and a key of Offshoot's
+              --no-ssh-keys               No SSH keys but those given by `--ssh-key`
               --pull <WHEN>               When to pull the image [default: missing] [possible values:
                                           missing, always, never]
           -h, --help                      Print help (see more with '--help')
@@ -430,6 +474,27 @@ mod tests {
             &["prune", "--grace", "0s", "--output", "json"],
             &["image", "verify", "x", "--output", "json"],
             &["image", "prepare", "--force", "x"],
+            &[
+                "run",
+                "-d",
+                "-p",
+                "8080:80",
+                "-p",
+                "53:53/udp",
+                "--network",
+                "none",
+                "x",
+            ],
+            &["port", "x"],
+            &["port", "x", "80/tcp"],
+            &["network", "create", "--subnet", "10.9.0.0/24", "lab"],
+            &["net", "list", "-q"],
+            &["net", "inspect", "lab"],
+            &["net", "remove", "a", "b"],
+            &[
+                "ssh", "-tt", "-A", "-L", "1:h:2", "-R", "3:h:4", "-o", "A=b", "me@x", "ls", "-q",
+            ],
+            &["ssh-config", "--install"],
         ] {
             Cli::try_parse_from([&["offshoot"], words].concat()).unwrap_or_else(|e| panic!("{words:?}: {e}"));
         }
@@ -448,7 +513,15 @@ mod tests {
             &["image", "pull", "--prepare=maybe", "x"],
             &["prune", "--grace", "soon"],
             &["prune", "x"],
+            &["port"],
+            &["port", "x", "http"],
+            &["net", "create"],
+            &["net", "create", "--subnet", "10.9.0.0", "lab"],
+            &["net", "rm"],
+            &["run", "--nat", "--no-nat=yes", "x"],
             &["reset"],
+            &["ssh"],
+            &["ssh-config", "--install", "--uninstall"],
         ] {
             assert!(
                 Cli::try_parse_from([&["offshoot"], words].concat()).is_err(),

@@ -1,8 +1,8 @@
 //! `offshoot`: the command line. It turns words into requests and answers into text; the daemon does the rest.
 //!
 //! ```text
-//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ prune │ events │ system ─► api::client ─► offshootd
-//!          └─ session (relay) ─ terminal, detach, signals
+//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ net │ prune │ events │ system ─► api::client ─► offshootd
+//!          └─ session (relay) ─ terminal, detach, signals        ssh ─► the user's ssh(1) ─► ssh-proxy ─┘
 //! ```
 
 mod age;
@@ -18,13 +18,18 @@ mod exec;
 mod image;
 mod kernel;
 mod logs;
+mod net;
+mod net_dns;
+mod network_args;
 mod output;
 mod packing;
+mod ports;
 mod progress;
 mod prune;
 mod run;
 mod session;
 mod signals;
+mod ssh;
 mod stats;
 mod system;
 mod terminal;

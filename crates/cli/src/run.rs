@@ -81,7 +81,9 @@ pub(crate) struct AttachArgs {
 
 pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
     let pull = args.vm.pull;
-    let config = args.vm.config()?;
+    let keys = args.vm.ssh_keys.lines()?;
+    let mut config = args.vm.config()?;
+    config.ssh.keys = keys;
     if !args.detach {
         check_tty(config.stdin, config.tty)?;
     }
@@ -129,7 +131,9 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
 
 pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Failure> {
     let pull = args.vm.pull;
-    let config = args.vm.config()?;
+    let keys = args.vm.ssh_keys.lines()?;
+    let mut config = args.vm.config()?;
+    config.ssh.keys = keys;
     let vm = make(client, &config, pull, args.making.quiet).await?;
     if args.making.verbose {
         decisions::tell(client, vm.id.as_str()).await;

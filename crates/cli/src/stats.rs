@@ -122,6 +122,9 @@ fn stats_table(before: &[VmStats], now: &[VmStats]) -> String {
             size(memory.shared),
             size(vm.disk.unique),
             format!("{} / {}", size(vm.disk.read), size(vm.disk.written)),
+            vm.network.map_or("--".to_owned(), |network| {
+                format!("{} / {}", size(network.received_bytes), size(network.sent_bytes))
+            }),
             vm.pids.current.to_string(),
         ]
     });
@@ -134,6 +137,7 @@ fn stats_table(before: &[VmStats], now: &[VmStats]) -> String {
             "SHARED",
             "DISK",
             "READ / WRITTEN",
+            "RECEIVED / SENT",
             "PIDS",
         ],
         rows,
@@ -155,7 +159,7 @@ fn cpu_percent(before: &VmStats, now: &VmStats) -> Option<f64> {
 
 #[cfg(test)]
 mod tests {
-    use offshoot_api::stats::{CpuStats, DiskStats, MemoryStats, PidStats};
+    use offshoot_api::stats::{CpuStats, DiskStats, MemoryStats, NetworkStats, PidStats};
     use offshoot_api::usage::MemoryUsage;
     use offshoot_model::VmState;
 
@@ -190,6 +194,11 @@ mod tests {
                 read: 40 << 20,
                 written: 1536 << 10,
             },
+            network: Some(NetworkStats {
+                received_bytes: 3 << 20,
+                sent_bytes: 1 << 10,
+                ..NetworkStats::default()
+            }),
             pids: PidStats {
                 current: 6,
                 limit: Some(130),
@@ -216,8 +225,8 @@ mod tests {
     fn stats_look_like_dockers() {
         let (before, now) = (example(1_000_000, 5_000_000), example(2_000_000, 6_234_000));
         insta::assert_snapshot!(stats_table(&[before], std::slice::from_ref(&now)), @r"
-        NAME   ID             CPU      MEMORY / GUEST   SHARED   DISK   READ / WRITTEN   PIDS
-        web    abababababab   123.4%   95MiB / 512MiB   22MiB    1MiB   40MiB / 1.5MiB   6
+        NAME   ID             CPU      MEMORY / GUEST   SHARED   DISK   READ / WRITTEN   RECEIVED / SENT   PIDS
+        web    abababababab   123.4%   95MiB / 512MiB   22MiB    1MiB   40MiB / 1.5MiB   3MiB / 1KiB       6
         ");
         let first = stats_table(&[], &[now]);
         assert!(first.contains("   --    95MiB"), "{first}");

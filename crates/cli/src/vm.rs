@@ -3,11 +3,12 @@
 use clap::Args;
 use futures::{StreamExt, stream};
 use offshoot_api::client::{Client, ClientError};
-use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, ResetQuery, StopQuery, VmSummary};
+use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, ResetQuery, Sessions, StopQuery, VmSummary};
 
 use crate::age;
 use crate::error::{ERROR, Failure, report_and_go_on};
 use crate::output::{Output, OutputArgs, json, line, now_ms, shorten, table};
+use crate::ports;
 use crate::signals::Signals;
 use crate::timings;
 use crate::values::vm_ref;
@@ -127,9 +128,31 @@ fn ps_table(vms: &[VmSummary], now_ms: u64, whole: bool) -> String {
             format!("\"{command}\""),
             age::ago(vm.created_ms, now_ms),
             age::status(vm, now_ms),
+            address(vm),
+            ports::summary(&vm.ports),
+            sessions(vm.sessions),
         ]
     });
-    table(&["NAME", "ID", "IMAGE", "COMMAND", "CREATED", "STATUS"], rows)
+    table(
+        &[
+            "NAME", "ID", "IMAGE", "COMMAND", "CREATED", "STATUS", "ADDRESS", "PORTS", "SESSIONS",
+        ],
+        rows,
+    )
+}
+
+fn address(vm: &VmSummary) -> String {
+    vm.network
+        .as_ref()
+        .map_or_else(String::new, |network| network.ipv4.to_string())
+}
+
+/// Who is in a VM, in words; nothing when nobody is.
+fn sessions(open: Sessions) -> String {
+    let kinds = [("ssh", open.ssh), ("exec", open.exec)];
+    let kinds = kinds.iter().filter(|(_, count)| *count > 0);
+    let words: Vec<_> = kinds.map(|(kind, count)| format!("{count} {kind}")).collect();
+    words.join(", ")
 }
 
 pub(crate) async fn inspect(client: &Client, args: &InspectArgs) -> Result<u8, Failure> {
@@ -255,7 +278,8 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
-    use offshoot_model::{ExitReason, ExitStatus, VmId, VmState};
+    use offshoot_api::network::VmNetwork;
+    use offshoot_model::{ExitReason, ExitStatus, PublishedPort, VmId, VmState};
 
     #[test]
     fn ps_looks_like_dockers() {
@@ -271,13 +295,29 @@ mod tests {
             finished_ms: Some(now - 5_000),
             exit,
             degraded: Vec::new(),
+            network: None,
+            ports: Vec::new(),
+            sessions: Sessions {
+                ssh: u32::from(name == "web") * 2,
+                exec: u32::from(name == "web"),
+            },
         };
         let exit = ExitStatus {
             code: 7,
             reason: ExitReason::MainExited,
         };
+        let web = VmSummary {
+            network: Some(VmNetwork {
+                name: "default".parse().unwrap(),
+                ipv4: [10, 87, 0, 2].into(),
+                ipv6: "fd00::2".parse().unwrap(),
+                mac: "02:00:0a:57:00:02".parse().unwrap(),
+            }),
+            ports: PublishedPort::parse_all("8080:80").unwrap(),
+            ..vm(0xab, "web", "sleep infinity", VmState::Running, None)
+        };
         let vms = [
-            vm(0xab, "web", "sleep infinity", VmState::Running, None),
+            web,
             vm(
                 0x12,
                 "clever-otter",
@@ -288,17 +328,17 @@ mod tests {
             vm(0x13, "sys", "", VmState::Created, None),
         ];
         insta::assert_snapshot!(ps_table(&vms, now, false), @r#"
-        NAME           ID             IMAGE             COMMAND                  CREATED             STATUS
-        web            abababababab   debian:bookworm   "sleep infinity"         About an hour ago   Up 3 minutes
+        NAME           ID             IMAGE             COMMAND                  CREATED             STATUS                     ADDRESS     PORTS                  SESSIONS
+        web            abababababab   debian:bookworm   "sleep infinity"         About an hour ago   Up 3 minutes               10.87.0.2   0.0.0.0:8080->80/tcp   2 ssh, 1 exec
         clever-otter   121212121212   debian:bookworm   "sh -c 'echo a long …"   About an hour ago   Exited (7) 5 seconds ago
         sys            131313131313   debian:bookworm   ""                       About an hour ago   Created
         "#);
         insta::assert_snapshot!(ps_table(&vms[1..2], now, true), @r#"
-        NAME           ID             IMAGE             COMMAND                         CREATED             STATUS
+        NAME           ID             IMAGE             COMMAND                         CREATED             STATUS                     ADDRESS   PORTS   SESSIONS
         clever-otter   121212121212   debian:bookworm   "sh -c 'echo a long command'"   About an hour ago   Exited (7) 5 seconds ago
         "#);
         insta::assert_snapshot!(ps_table(&[], now, false), @r#"
-        NAME   ID   IMAGE   COMMAND   CREATED   STATUS
+        NAME   ID   IMAGE   COMMAND   CREATED   STATUS   ADDRESS   PORTS   SESSIONS
         "#);
     }
 }

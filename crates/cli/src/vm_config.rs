@@ -6,6 +6,8 @@ use clap::{Args, ValueEnum};
 use offshoot_model::{Boot, ByteSize, Mount, RestartPolicy, RootRequest, VmConfig, VmmRequest};
 
 use crate::error::Failure;
+use crate::network_args::NetworkArgs;
+use crate::ssh::keys::SshKeyArgs;
 use crate::values::{api_words, env_arg, environment, mount};
 
 /// When to fetch the image.
@@ -64,6 +66,8 @@ pub(crate) struct VmArgs {
     /// Share a folder of the host
     #[arg(short, long = "volume", value_name = "HOST:GUEST[:ro]", value_parser = mount)]
     volumes: Vec<Mount>,
+    #[command(flatten)]
+    network: NetworkArgs,
     /// Hand PID 1 to the image's own init
     #[arg(long)]
     init: bool,
@@ -82,6 +86,8 @@ pub(crate) struct VmArgs {
     /// Whether to boot it or restore a template
     #[arg(long, default_value = "auto", value_parser = api_words::<Boot>(&["auto", "cold", "template"]))]
     boot: Boot,
+    #[command(flatten)]
+    pub(crate) ssh_keys: SshKeyArgs,
     /// When to pull the image
     #[arg(long, value_enum, default_value = "missing", value_name = "WHEN")]
     pub(crate) pull: Pull,
@@ -121,6 +127,8 @@ impl VmArgs {
         config.vmm = self.vmm;
         config.boot = self.boot;
         config.mounts = self.volumes;
+        config.network = self.network.config();
+        config.ssh = self.network.ssh();
         config.auto_remove = self.auto_remove;
         config.restart = self.restart;
         Ok(config)
@@ -131,6 +139,7 @@ impl VmArgs {
 mod tests {
     use super::*;
     use clap::Parser;
+    use offshoot_model::{Allowed, NetworkConfig, PublishedPort};
 
     #[derive(Debug, Parser)]
     struct Line {
@@ -186,6 +195,20 @@ mod tests {
             "--work=3g",
             "-v",
             "/a:/b:ro",
+            "-p",
+            "127.0.0.1:8080:80",
+            "--publish",
+            "9000-9001:90-91/udp",
+            "--network",
+            "lab",
+            "--no-nat",
+            "--isolate",
+            "--allow",
+            "host,metadata",
+            "--ip",
+            "10.9.0.7",
+            "--ssh-port",
+            "2222",
             "--restart",
             "unless-stopped",
             "--root",
@@ -213,6 +236,18 @@ mod tests {
             target: "/b".into(),
             read_only: true,
         }];
+        expected.network = NetworkConfig {
+            network: "lab".parse().unwrap(),
+            nat: false,
+            isolate: true,
+            allow: vec![Allowed::Host, Allowed::Metadata],
+            publish: ["127.0.0.1:8080:80", "9000-9001:90-91/udp"]
+                .iter()
+                .flat_map(|text| PublishedPort::parse_all(text).unwrap())
+                .collect(),
+            ipv4: Some([10, 9, 0, 7].into()),
+        };
+        expected.ssh.port = Some(2222);
         expected.restart = RestartPolicy::UnlessStopped;
         (expected.root, expected.vmm, expected.boot) =
             (RootRequest::Block, VmmRequest::CloudHypervisor, Boot::Cold);
@@ -231,6 +266,10 @@ mod tests {
             (&["--name", "-x", "img"], UnknownArgument),
             (&["-e", "", "img"], ValueValidation),
             (&["-v", "data:/x", "img"], ValueValidation),
+            (&["-p", "80:x", "img"], ValueValidation),
+            (&["--network", "No", "img"], ValueValidation),
+            (&["--allow", "everything", "img"], InvalidValue),
+            (&["--ip", "::1", "img"], ValueValidation),
             (&["--pull", "sometimes", "img"], InvalidValue),
         ] {
             assert_eq!(config(words).unwrap_err(), kind, "{words:?}");

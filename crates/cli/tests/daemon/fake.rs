@@ -85,6 +85,7 @@ impl Fake {
         let mut command = offshoot(words);
         command
             .env("OFFSHOOT_SOCKET", self.path("api.sock"))
+            .env("HOME", self.path("home"))
             .env("DOCKER_CONFIG", self.path("docker"));
         command.current_dir(self.dir.path());
         command
@@ -126,7 +127,11 @@ impl Fake {
 
 pub(crate) fn offshoot(words: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_offshoot"));
-    command.args(words);
+    // What is made on first use is not made for whoever runs the tests.
+    command
+        .args(words)
+        .env_remove("HOME")
+        .env_remove("XDG_CONFIG_HOME");
     command
 }
 
@@ -197,8 +202,29 @@ pub(crate) fn session<F>(
 where
     F: Future<Output = ()> + Send,
 {
-    let key = request.headers()["sec-websocket-key"].clone();
     assert_eq!(request.headers()["sec-websocket-protocol"], channel::SUBPROTOCOL);
+    let mut response = upgraded(request, talk);
+    response.headers_mut().insert(
+        "sec-websocket-protocol",
+        HeaderValue::from_static(channel::SUBPROTOCOL),
+    );
+    now(response)
+}
+
+/// The same for one that carries nothing but bytes.
+pub(crate) fn tunnel<F>(request: Request<Incoming>, talk: impl FnOnce(Socket) -> F + Send + 'static) -> Answer
+where
+    F: Future<Output = ()> + Send,
+{
+    assert!(!request.headers().contains_key("sec-websocket-protocol"));
+    now(upgraded(request, talk))
+}
+
+fn upgraded<F>(request: Request<Incoming>, talk: impl FnOnce(Socket) -> F + Send + 'static) -> Response<Body>
+where
+    F: Future<Output = ()> + Send,
+{
+    let key = request.headers()["sec-websocket-key"].clone();
     tokio::spawn(async move {
         let upgraded = hyper::upgrade::on(request).await.unwrap();
         talk(WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await).await;
@@ -211,11 +237,7 @@ where
         "sec-websocket-accept",
         derive_accept_key(key.as_bytes()).parse().unwrap(),
     );
-    headers.insert(
-        "sec-websocket-protocol",
-        HeaderValue::from_static(channel::SUBPROTOCOL),
-    );
-    now(response)
+    response
 }
 
 pub(crate) async fn say(socket: &mut Socket, channel: u8, data: &[u8]) {
