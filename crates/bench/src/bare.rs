@@ -1,4 +1,5 @@
-//! A bare QEMU: the arguments that a VM of ours was started with, and nothing of ours in the guest.
+//! A bare QEMU: the arguments that a VM of ours was started with, and nothing of ours in the guest. It has the same network
+//! device, which nobody sets up in it; what ours spends on its network counts against ours.
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
@@ -49,6 +50,9 @@ impl Bare {
                 initramfs.display().to_string()
             } else if word.starts_with("socket,id=") {
                 format!("null,{}", word.split(',').nth(1).unwrap_or_default())
+            } else if word.starts_with("tap,id=") {
+                // The same device for the guest, with nothing behind it: the TAP was that VM's alone.
+                format!("hubport,{},hubid=0", word.split(',').nth(1).unwrap_or_default())
             } else if word.starts_with("ringbuf,id=console") {
                 "stdio,id=console,signal=off".to_owned()
             } else {

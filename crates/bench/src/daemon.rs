@@ -15,6 +15,33 @@ pub(crate) struct Daemon {
     bin: PathBuf,
     root: tempfile::TempDir,
     child: Child,
+    namespace: Namespace,
+}
+
+/// A network namespace of the benchmark's own (ip-netns(8)): its VMs never touch the host's network.
+struct Namespace(String);
+
+impl Namespace {
+    fn make(name: String) -> Result<Self> {
+        let made = Command::new("ip").args(["netns", "add", &name]).status();
+        let namespace = Self(name);
+        if !made.context("cannot run ip")?.success() {
+            bail!("ip netns add {}", namespace.0);
+        }
+        let up = Command::new("ip")
+            .args(["-n", &namespace.0, "link", "set", "lo", "up"])
+            .status()?;
+        if !up.success() {
+            bail!("cannot bring up loopback in {}", namespace.0);
+        }
+        Ok(namespace)
+    }
+}
+
+impl Drop for Namespace {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
 }
 
 /// The image that everything is measured with.
@@ -38,8 +65,15 @@ impl Daemon {
             .prefix("offshoot-bench-")
             .tempdir_in("/var/tmp")?;
         std::fs::set_permissions(root.path(), std::fs::Permissions::from_mode(0o711))?;
-        let child = spawn(&bin, root.path(), "")?;
-        let daemon = Self { bin, root, child };
+        let name = root.path().file_name().unwrap_or_default().to_string_lossy();
+        let namespace = Namespace::make(name.into_owned())?;
+        let child = spawn(&bin, root.path(), &namespace, "")?;
+        let daemon = Self {
+            bin,
+            root,
+            child,
+            namespace,
+        };
         daemon.wait_ready()?;
         daemon.ok(&["kernel", "add", "--distro"])?;
         daemon.ok(&["image", "bootstrap", IMAGE])?;
@@ -68,7 +102,7 @@ impl Daemon {
     /// Starts it again on the same directories, with these lines in its config; gives the time until it answers.
     pub(crate) fn start_again(&mut self, settings: &str) -> Result<Duration> {
         let began = Instant::now();
-        self.child = spawn(&self.bin, self.root.path(), settings)?;
+        self.child = spawn(&self.bin, self.root.path(), &self.namespace, settings)?;
         self.wait_ready()?;
         Ok(began.elapsed())
     }
@@ -91,12 +125,27 @@ impl Daemon {
         self.root.path()
     }
 
-    fn command(&self, arguments: &[&str]) -> Command {
+    /// The network namespace of its VMs (ip-netns(8)).
+    pub(crate) fn namespace(&self) -> &str {
+        &self.namespace.0
+    }
+
+    pub(crate) fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(self.bin.join("offshoot"));
         command
             .env("OFFSHOOT_SOCKET", self.socket())
+            .env("HOME", self.root.path())
             .args(arguments)
             .stdin(Stdio::null());
+        command
+    }
+
+    /// The command that runs a program in the network namespace of the VMs, as the same process.
+    pub(crate) fn inside(&self, program: &str) -> Command {
+        let mut command = Command::new("nsenter");
+        command
+            .arg(format!("--net=/run/netns/{}", self.namespace.0))
+            .arg(program);
         command
     }
 
@@ -110,6 +159,18 @@ impl Daemon {
             );
         }
         Ok(String::from_utf8_lossy(&output.stdout).trim_end().to_owned())
+    }
+
+    /// The same, for one that reads its standard input.
+    pub(crate) fn ok_with_input(&self, arguments: &[&str], input: &str) -> Result<()> {
+        use std::io::Write as _;
+        let mut child = self.command(arguments).stdin(Stdio::piped()).spawn()?;
+        child.stdin.take().context("piped")?.write_all(input.as_bytes())?;
+        let status = child.wait()?;
+        if !status.success() {
+            bail!("offshoot {arguments:?}: {status}");
+        }
+        Ok(())
     }
 
     pub(crate) fn inspect(&self, vm: &str) -> Result<Value> {
@@ -175,7 +236,7 @@ impl Drop for Daemon {
     }
 }
 
-fn spawn(bin: &Path, root: &Path, settings: &str) -> Result<Child> {
+fn spawn(bin: &Path, root: &Path, namespace: &Namespace, settings: &str) -> Result<Child> {
     let config = root.join("config.toml");
     std::fs::write(&config, settings)?;
     let log = std::fs::File::options()
@@ -189,6 +250,7 @@ fn spawn(bin: &Path, root: &Path, settings: &str) -> Result<Child> {
         .arg(root.join("run"))
         .arg("--socket")
         .arg(root.join("run/api.sock"))
+        .args(["--netns", &namespace.0])
         .arg("--config")
         .arg(config)
         .env("OFFSHOOT_LOG", "warn")

@@ -8,10 +8,13 @@
 mod api;
 mod bare;
 mod daemon;
+mod dns;
 mod http;
 mod import;
 mod samples;
 mod shared;
+mod ssh;
+mod throughput;
 mod usage;
 
 use std::path::{Path, PathBuf};
@@ -27,7 +30,7 @@ const RUNS: usize = 15;
 const IMPORTS: usize = 5;
 
 /// Every comparison by its name.
-const NAMES: [&str; 4] = ["cold-run", "import", "shared", "api"];
+const NAMES: [&str; 7] = ["cold-run", "import", "shared", "api", "dns", "ssh", "throughput"];
 
 fn main() -> Result<()> {
     let usage = || {
@@ -53,6 +56,9 @@ fn main() -> Result<()> {
             "cold-run" => cold_run(&daemon, &init)?,
             "import" => import::against_the_usual_tools(&daemon, IMPORTS)?,
             "shared" => shared::many_vms_of_one_image(&daemon)?,
+            "dns" => dns::of_vms(&daemon)?,
+            "ssh" => ssh::beside_a_stock_sshd(&daemon)?,
+            "throughput" => throughput::of_a_network(&daemon)?,
             "api" => api::of_a_daemon_with_many_vms(&mut daemon, &bin)?,
             _ => bail!("{}", usage()),
         }

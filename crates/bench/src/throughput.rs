@@ -22,19 +22,25 @@ const IMAGE: &str = "bench-throughput:latest";
 /// Prints all of them.
 pub(crate) fn of_a_network(daemon: &Daemon) -> Result<()> {
     daemon.ok(&[
-        "image", "bootstrap", "debian:bookworm", "--name", IMAGE, "--include", "iperf3",
+        "image",
+        "bootstrap",
+        "debian:bookworm",
+        "--name",
+        IMAGE,
+        "--include",
+        "iperf3",
     ])?;
     for name in ["left", "right"] {
         daemon.ok(&["run", "-d", "--name", name, IMAGE, "iperf3", "-s"])?;
     }
     let left = address(daemon, "left")?;
     let veth = Veth::make(daemon)?;
-    let (mut to_guest, mut from_guest, mut between, mut kernel) = (mebibytes(), mebibytes(), mebibytes(), mebibytes());
+    let (mut to_guest, mut from_guest, mut between, mut kernel) =
+        (mebibytes(), mebibytes(), mebibytes(), mebibytes());
     for _ in 0..RUNS {
         to_guest.push_bytes(client(daemon.inside("iperf3"), &left, &[])?);
         from_guest.push_bytes(client(daemon.inside("iperf3"), &left, &["-R"])?);
-        let mut right = daemon.command(&["exec", "right", "iperf3"]);
-        right.stderr(Stdio::piped());
+        let right = daemon.command(&["exec", "right", "iperf3"]);
         between.push_bytes(client(right, &left, &[])?);
         kernel.push_bytes(client(daemon.inside("iperf3"), Veth::SERVER, &[])?);
     }
@@ -102,18 +108,20 @@ impl Veth {
             Ok(())
         };
         ip(&["netns", "add", &theirs])?;
-        let spawned = ip(&["-n", ours, "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", &theirs])
-            .and_then(|()| ip(&["-n", ours, "addr", "add", "192.0.2.1/24", "dev", "near"]))
-            .and_then(|()| ip(&["-n", &theirs, "addr", "add", "192.0.2.2/24", "dev", "far"]))
-            .and_then(|()| ip(&["-n", ours, "link", "set", "near", "up"]))
-            .and_then(|()| ip(&["-n", &theirs, "link", "set", "far", "up"]))
-            .and_then(|()| {
-                Command::new("ip")
-                    .args(["netns", "exec", &theirs, "iperf3", "-s"])
-                    .stdout(Stdio::null())
-                    .spawn()
-                    .context("cannot run iperf3")
-            });
+        let spawned = ip(&[
+            "-n", ours, "link", "add", "near", "type", "veth", "peer", "name", "far", "netns", &theirs,
+        ])
+        .and_then(|()| ip(&["-n", ours, "addr", "add", "192.0.2.1/24", "dev", "near"]))
+        .and_then(|()| ip(&["-n", &theirs, "addr", "add", "192.0.2.2/24", "dev", "far"]))
+        .and_then(|()| ip(&["-n", ours, "link", "set", "near", "up"]))
+        .and_then(|()| ip(&["-n", &theirs, "link", "set", "far", "up"]))
+        .and_then(|()| {
+            Command::new("ip")
+                .args(["netns", "exec", &theirs, "iperf3", "-s"])
+                .stdout(Stdio::null())
+                .spawn()
+                .context("cannot run iperf3")
+        });
         match spawned {
             Ok(server) => Ok(Self { name: theirs, server }),
             Err(error) => {

@@ -5,7 +5,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
-use crate::{IMAGE, Launch, bin_dir, wait_until};
+use crate::{IMAGE, Launch, Namespace, bin_dir, wait_until};
 
 fn folder() -> PathBuf {
     bin_dir().parent().expect("target").join("e2e/golden")
@@ -77,7 +77,8 @@ fn ensure(golden: &Path) {
         std::fs::rename(golden, root.join("data")).expect("rename");
     }
     std::fs::set_permissions(&root, PermissionsExt::from_mode(0o711)).expect("chmod");
-    let mut daemon = Making(crate::spawn(&root, &Launch::default(), None));
+    let namespace = Namespace::make(&format!("offshoot-e2e-golden-{}", std::process::id()));
+    let mut daemon = Making(crate::spawn(&root, &Launch::default(), namespace.name()));
     let socket = root.join("run/api.sock");
     let offshoot = |arguments: &[&str]| {
         let mut command = Command::new(bin_dir().join("offshoot"));

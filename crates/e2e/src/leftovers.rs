@@ -3,7 +3,6 @@
 use std::path::Path;
 
 use crate::inventory::{Database, Inventory, Kind, Marks, Scope, everything_below};
-use crate::namespace::Namespace;
 use crate::{Daemon, comes_true, descriptors, names, tell};
 
 /// Says in a test's folder whose it is, so that `scripts/verify` does not take what is in use for left over: the id and
@@ -28,17 +27,12 @@ impl Daemon {
         Marks::new(self.root(), &self.database().vm_ids())
     }
 
-    /// The file of the network namespace that is the daemon's alone, if it has one.
-    pub fn network(&self) -> Option<&Path> {
-        self.namespace.as_ref().map(Namespace::file)
-    }
-
     /// Everything there is of the running daemon: on the machine, in its folders, in its database, in its process.
     pub fn inventory(&self) -> Inventory {
         let marks = self.marks();
         let mut inventory = Inventory::of_the_machine(Scope {
             marks: &marks,
-            namespace: self.network(),
+            namespace: Some(self.namespace.file()),
         });
         for folder in [self.data(), self.root().join("run")] {
             inventory.add(
@@ -84,10 +78,9 @@ impl Daemon {
         let marks = self.marks();
         self.terminate();
         self.small_disk = None;
-        self.namespace = None;
         let scope = Scope {
             marks: &marks,
-            namespace: None,
+            namespace: Some(self.namespace.file()),
         };
         let mut after = Inventory::of_the_machine(scope);
         // What lies in the data directory is the daemon's to keep, but nothing that is named after a VM.
@@ -97,7 +90,14 @@ impl Daemon {
             Kind::File,
             files.filter(|path| marks.are_in(path.strip_prefix(&own).unwrap_or(path))),
         );
-        let changes = after.since(&Inventory::default());
+        let mut empty = Inventory::default();
+        let own = Some(self.namespace.name().to_owned()).filter(|name| marks.are_in(name));
+        empty.add(Kind::NetworkNamespace, own);
+        empty.add(Kind::Link, self.links_at_first.clone());
+        let mut changes = after.since(&empty);
+        // Its own namespace goes last, with the daemon's value.
+        let mounted = format!(" {} ", self.namespace.file().display());
+        changes.retain(|change| !change.contains(&mounted));
         assert!(
             changes.is_empty(),
             "left on this machine:\n{}",

@@ -31,6 +31,7 @@ mod processes;
 mod random;
 mod refusal;
 mod small_disk;
+mod ssh;
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -38,12 +39,11 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use rustix::process::Signal;
 
-use namespace::Namespace;
 use small_disk::SmallDisk;
 
 pub use blocks::{allocated, flip_byte, own_copy, put_byte, sha256, sha256_of_data};
@@ -53,10 +53,12 @@ pub use forward::Forwarder;
 pub use http::{Answer, answer_of, encoded, read_answer};
 pub use inventory::{Database, Inventory, Kind, Marks, descriptors};
 pub use layout::{Layout, ODD_FILES, odd_layer, tar_of};
+pub use namespace::Namespace;
 pub use processes::{Process, signal};
 pub use random::Random;
 pub use refusal::{refused, refused_by_the_api, stored};
 pub use small_disk::ReadOnly;
+pub use ssh::{SshClient, succeeds};
 
 /// The image that every test finds in its store.
 pub const IMAGE: &str = "debian:bookworm";
@@ -78,7 +80,10 @@ pub fn bin_dir() -> PathBuf {
 pub struct Daemon {
     child: Child,
     small_disk: Option<SmallDisk>,
-    namespace: Option<Namespace>,
+    /// Where its bridges, filters and published ports are.
+    namespace: Arc<Namespace>,
+    /// What is in it beside this daemon's.
+    links_at_first: Vec<String>,
     launch: Launch,
     root: tempfile::TempDir,
 }
@@ -113,14 +118,14 @@ impl Daemon {
             env: env.into_iter().collect(),
             ..Launch::default()
         };
-        Self::launch_in(root, launch, None, false)
+        Self::launch_in(root, launch, None)
     }
 
-    /// As [`start`](Self::start), in a network namespace that is the daemon's and its VMs' alone.
-    pub fn start_in_own_network() -> Self {
+    /// As [`start`](Self::start), with its networks in the namespace of another daemon.
+    pub fn start_beside(other: &Self) -> Self {
         let root = Self::folder();
         golden::link_into(&root.path().join("data"));
-        Self::launch_in(root, Launch::default(), None, true)
+        Self::launch_beside(root, Launch::default(), None, Arc::clone(&other.namespace))
     }
 
     /// A daemon with the golden image and kernel, but nothing prepared; with more lines in its config.
@@ -146,7 +151,7 @@ impl Daemon {
     pub fn start_on_small_disk(mib: u64) -> Self {
         let root = Self::folder();
         let disk = SmallDisk::mount(&root.path().join("data"), mib);
-        Self::launch_in(root, Launch::default(), Some(disk), false)
+        Self::launch_in(root, Launch::default(), Some(disk))
     }
 
     /// As [`start`](Self::start), but its data directory is a file system that has so many MiB left beside the image.
@@ -165,7 +170,7 @@ impl Daemon {
             settings: format!("disk_reserve_mib = 0\n{settings}"),
             ..Launch::default()
         };
-        Self::launch_in(root, launch, Some(disk), false)
+        Self::launch_in(root, launch, Some(disk))
     }
 
     fn folder() -> tempfile::TempDir {
@@ -183,21 +188,31 @@ impl Daemon {
             settings: settings.to_owned(),
             ..Launch::default()
         };
-        Self::launch_in(root, launch, None, false)
+        Self::launch_in(root, launch, None)
     }
 
-    fn launch_in(
+    fn launch_in(root: tempfile::TempDir, launch: Launch, small_disk: Option<SmallDisk>) -> Self {
+        let name = root
+            .path()
+            .file_name()
+            .expect("a folder with a name")
+            .to_string_lossy();
+        let namespace = Arc::new(Namespace::make(&name));
+        Self::launch_beside(root, launch, small_disk, namespace)
+    }
+
+    fn launch_beside(
         root: tempfile::TempDir,
         launch: Launch,
         small_disk: Option<SmallDisk>,
-        own_network: bool,
+        namespace: Arc<Namespace>,
     ) -> Self {
         leftovers::sign(root.path());
-        let namespace = own_network.then(|| Namespace::make(&root.path().join("network")));
-        let child = spawn(root.path(), &launch, namespace.as_ref());
+        let child = spawn(root.path(), &launch, namespace.name());
         let daemon = Self {
             child,
             small_disk,
+            links_at_first: Inventory::links(namespace.file()),
             namespace,
             launch,
             root,
@@ -228,6 +243,16 @@ impl Daemon {
     pub fn run_folder(&self, vm: &str) -> PathBuf {
         let id = self.inspect(vm)["id"].as_str().expect("an id").to_owned();
         self.root.path().join("run/vms").join(id)
+    }
+
+    /// The network namespace of its VMs.
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// The command that runs a program in the network namespace of its VMs, as the same process.
+    pub fn inside(&self, program: &str) -> Command {
+        self.namespace.inside(program)
     }
 
     /// What the daemon logged.
@@ -281,7 +306,7 @@ impl Daemon {
     /// Starts it where it cannot run: it must end by itself, soon and with a failure. Gives what it logged.
     pub fn fails_to_start(&mut self) -> String {
         let before = self.log().len();
-        self.child = spawn(self.root.path(), &self.launch, self.namespace.as_ref());
+        self.child = spawn(self.root.path(), &self.launch, self.namespace.name());
         let mut exit = None;
         wait_until("the daemon to give up", || {
             exit = self.child.try_wait().expect("wait");
@@ -303,7 +328,7 @@ impl Daemon {
             .iter()
             .map(|(name, value)| (*name, (*value).to_owned()));
         launch.env.extend(more);
-        self.child = spawn(self.root.path(), &launch, self.namespace.as_ref());
+        self.child = spawn(self.root.path(), &launch, self.namespace.name());
         self.wait_ready();
     }
 
@@ -376,7 +401,7 @@ impl Drop for Daemon {
             eprintln!("--- the daemon's log\n{}", self.log());
             let _ = self.cli(["ps", "-aq"]).run();
             if self.child.try_wait().is_ok_and(|exit| exit.is_some()) {
-                self.child = spawn(self.root.path(), &self.launch, self.namespace.as_ref());
+                self.child = spawn(self.root.path(), &self.launch, self.namespace.name());
                 let began = Instant::now();
                 while began.elapsed() < Duration::from_secs(5)
                     && !self.cli(["version"]).run().status.success()
@@ -402,7 +427,7 @@ pub fn agent() -> PathBuf {
     target.join("x86_64-unknown-linux-gnu/agent/offshoot-agent")
 }
 
-fn spawn(root: &Path, launch: &Launch, namespace: Option<&Namespace>) -> Child {
+fn spawn(root: &Path, launch: &Launch, netns: &str) -> Child {
     let config = root.join("config.toml");
     let settings = &launch.settings;
     let lines = if settings.starts_with("agent =") {
@@ -417,11 +442,7 @@ fn spawn(root: &Path, launch: &Launch, namespace: Option<&Namespace>) -> Child {
         .open(root.join("daemon.log"))
         .expect("the daemon's log");
     let program = bin_dir().join("offshootd");
-    let mut command = match namespace {
-        Some(namespace) => namespace.enter(&program),
-        None => Command::new(program),
-    };
-    command
+    Command::new(program)
         .envs(launch.env.iter().map(|(name, value)| (name, value)))
         .arg("--data-dir")
         .arg(root.join("data"))
@@ -429,6 +450,7 @@ fn spawn(root: &Path, launch: &Launch, namespace: Option<&Namespace>) -> Child {
         .arg(root.join("run"))
         .arg("--socket")
         .arg(root.join("run/api.sock"))
+        .args(["--netns", netns])
         .arg("--config")
         .arg(config)
         .env(

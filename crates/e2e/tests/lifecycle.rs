@@ -70,9 +70,13 @@ fn vms_outlive_a_killed_daemon() {
         "while ! test -e /go; do sleep 0.1; done; echo bye; exit 6",
     ]);
     let mut parting = daemon
-        .cli(["exec", "brief", "sh", "-c", "sleep 2; touch /go"])
+        .cli(["exec", "brief", "sh", "-c", "touch /heard; sleep 2; touch /go"])
         .spawn();
     let pid = daemon.inspect("steady")["pid"].as_i64().unwrap();
+    wait_until("the order to go to be heard", || {
+        let heard = daemon.cli(["exec", "brief", "test", "-e", "/heard"]).run();
+        heard.status.success()
+    });
     wait_until("some output", || {
         daemon.ok(["logs", "steady"]).lines().count() > 3
     });

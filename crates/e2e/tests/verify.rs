@@ -53,7 +53,7 @@ fn kill_vmm(daemon: &Daemon, vm: &str) {
 
 #[test]
 fn whole_lives_leave_the_host_as_it_was() {
-    let mut daemon = Daemon::start_in_own_network();
+    let mut daemon = Daemon::start();
     let share = daemon.root().join("share");
     std::fs::create_dir(&share).unwrap();
     std::fs::write(share.join("word"), "shared").unwrap();

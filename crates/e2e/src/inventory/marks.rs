@@ -29,6 +29,14 @@ impl Marks {
         }
     }
 
+    /// Nobody's.
+    pub(crate) fn none() -> Self {
+        Self {
+            folder: PathBuf::new(),
+            words: Vec::new(),
+        }
+    }
+
     /// Whether a name or a line bears a mark.
     pub fn are_in(&self, text: &str) -> bool {
         self.words.iter().any(|word| text.contains(word))

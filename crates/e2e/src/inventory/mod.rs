@@ -93,6 +93,15 @@ impl Inventory {
         inventory
     }
 
+    /// The interfaces in a network namespace, as the inventory lists them.
+    pub(crate) fn links(namespace: &Path) -> Vec<String> {
+        let marks = Marks::none();
+        network::links(Scope {
+            marks: &marks,
+            namespace: Some(namespace),
+        })
+    }
+
     /// Adds things of one kind.
     pub fn add(&mut self, kind: Kind, names: impl IntoIterator<Item = String>) {
         self.0.extend(names.into_iter().map(|name| Item { kind, name }));

@@ -5,8 +5,8 @@ use std::path::Path;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags};
 
-/// Tables that only grow: the history outlives what it tells of.
-const HISTORY: [&str; 1] = ["events"];
+/// Tables that outlive what they tell of: the history, and networks, which stay when their last VM is gone.
+const HISTORY: [&str; 2] = ["events", "networks"];
 
 /// A connection that changes nothing.
 pub struct Database(Connection);
