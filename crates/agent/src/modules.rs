@@ -3,7 +3,7 @@
 //! ```text
 //!   /modules/order           every boot: one module file a line, in load order
 //!   /modules/order.<group>   only where a virtio device of that kind is present: pmem virtiofs vsock
-//!   /modules/order.net       when the guest is configured, and beside its disks: nobody waits for it at boot
+//!   /modules/order.net       when the guest is configured: nobody waits for it at boot
 //! ```
 
 use std::collections::BTreeSet;

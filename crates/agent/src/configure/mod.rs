@@ -203,22 +203,12 @@ impl Stages {
     }
 }
 
-/// Does what was decided, the network beside everything else. Blocks.
+/// Does what was decided, the network last. Blocks.
 pub(crate) fn apply(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> {
-    let Some(network) = &plan.network else {
-        return apply_rest(plan);
-    };
-    let (configured, network) = std::thread::scope(|scope| {
-        let network = scope.spawn(|| network::set_up(network));
-        let configured = apply_rest(plan);
-        let network = network.join().unwrap_or_else(|_| {
-            let panicked = io::Error::other("its thread panicked");
-            Err(ConfigureError::step("set up the network")(panicked))
-        });
-        (configured, network)
-    });
-    let mut configured = configured?;
-    configured.stages.extend(network?);
+    let mut configured = apply_rest(plan)?;
+    if let Some(network) = &plan.network {
+        configured.stages.extend(network::set_up(network)?);
+    }
     Ok(configured)
 }
 

@@ -220,10 +220,16 @@ impl Capability for AgentCapability {
         if let (Some(ssh), Some(key)) = (&mut request.ssh, run.host_key()) {
             ssh.host_key = key;
         }
-        let stages = agent
-            .configure(request)
-            .await
-            .map_err(|source| boxed(AgentError::Configure(source)))?;
+        let configured = tokio::time::timeout(self.boot_timeout, agent.configure(request)).await;
+        let Ok(configured) = configured else {
+            let console = match run.machine() {
+                Some(machine) => console_tail(&*machine).await,
+                None => String::new(),
+            };
+            let limit = self.boot_timeout;
+            return Err(boxed(AgentError::Timeout { limit, console }));
+        };
+        let stages = configured.map_err(|source| boxed(AgentError::Configure(source)))?;
         for (name, duration) in stages {
             run.note_guest_stage(&name, duration);
         }
