@@ -14,7 +14,7 @@ pub(crate) struct Count(watch::Sender<v1::SessionsReply>);
 pub(crate) enum Kind {
     /// An SSH connection that was authenticated.
     Ssh,
-    /// A process that the host asked for.
+    /// A process that the host asked for, while whoever asked is there.
     Exec,
 }
 

@@ -1,6 +1,7 @@
 //! Processes and the calls they belong to: the main process and its log, exec sessions and their streams.
 
 use std::future::pending;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -83,7 +84,7 @@ pub(crate) async fn main_process(
     log.finish(end.status());
 }
 
-/// Attends an exec until it ends.
+/// Attends an exec until it ends. It is counted as long as its caller is there: the process may live on without.
 pub(crate) async fn exec(
     spawned: Spawned,
     input: mpsc::Receiver<v1::ProcessInput>,
@@ -92,15 +93,18 @@ pub(crate) async fn exec(
 ) {
     let started = v1::exec_reply::What::StartedPid(crate::guest::pid(&spawned));
     drop(replies.send(Ok(reply(started))).await);
-    let end = process::run(
-        spawned,
-        input,
-        &mut ReplySink {
-            replies: replies.clone(),
-            offset: 0,
-        },
-    )
-    .await;
+    let mut sink = ReplySink {
+        replies: replies.clone(),
+        offset: 0,
+    };
+    let mut run = pin!(process::run(spawned, input, &mut sink));
+    let mut open = Some(open);
+    let end = loop {
+        tokio::select! {
+            end = &mut run => break end,
+            () = replies.closed(), if open.is_some() => open = None,
+        }
+    };
     drop(
         replies
             .send(Ok(reply(v1::exec_reply::What::Exited(end.status()))))

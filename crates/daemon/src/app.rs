@@ -212,6 +212,7 @@ impl App {
                 db: db.clone(),
             }),
             Arc::new(VmmCapability {
+                boots: VmmCapability::boots_at_once(),
                 drivers: drivers.clone(),
                 accelerator: accelerator.clone(),
                 gid,

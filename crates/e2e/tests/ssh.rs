@@ -355,7 +355,6 @@ fn sessions(daemon: &Daemon, vm: &str) -> (u64, u64) {
 }
 
 #[test]
-#[ignore = "does not end yet since its first step does what it says; see issue 5"]
 fn open_sessions_are_shown_and_the_end_of_one_reminds() {
     let daemon = Daemon::start();
     bare(&daemon);

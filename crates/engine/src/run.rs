@@ -118,6 +118,8 @@ pub struct Run {
     pub output: OutputLog,
     /// Cancelled when the run ends: its background tasks stop.
     pub over: CancellationToken,
+    /// Cancelled when the guest has said its first word, or the run ends before.
+    pub booted: CancellationToken,
     /// The virtiofsds that serve it.
     pub shares: Shares,
     agent: AgentSlot,
@@ -141,12 +143,14 @@ struct Notes {
 impl Run {
     /// A run that is about to begin.
     pub fn new(vm: Arc<VmRecord>, paths: VmPaths, plan: VmPlan, output: OutputLog) -> Self {
+        let over = CancellationToken::new();
         Self {
             vm,
             paths,
             plan,
             output,
-            over: CancellationToken::new(),
+            booted: over.child_token(),
+            over,
             shares: Shares::default(),
             health: Health(Arc::new(watch::Sender::new(Vec::new()))),
             sessions: Sessions(Arc::new(watch::Sender::new(SessionCount::default()))),

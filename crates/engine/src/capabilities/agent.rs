@@ -207,6 +207,7 @@ impl Capability for AgentCapability {
     async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError> {
         let began = std::time::Instant::now();
         let agent = self.first_contact(run).await.map_err(boxed)?;
+        run.booted.cancel();
         run.note_guest_stage("boot", began.elapsed());
         let mut entropy = vec![0; 64];
         offshoot_sys::random::fill(&mut entropy).map_err(|source| boxed(AgentError::Entropy(source)))?;

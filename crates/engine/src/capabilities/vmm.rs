@@ -10,6 +10,7 @@ use offshoot_model::{ByteSize, ErrorKind, Explain, Finding, KernelObject, Object
 use offshoot_sys::kvm::KvmProbe;
 use offshoot_vmm::plan::{Accel, AgentChannel, VmmIdentity};
 use offshoot_vmm::{Driver, Machine, MachineState};
+use tokio::sync::Semaphore;
 
 use super::folders::entries;
 use super::leftover::end_process;
@@ -40,7 +41,12 @@ pub struct VmmCapability {
     pub gid: u32,
     /// Where the run folders of VMs lie.
     pub run_dir: PathBuf,
+    /// How many emulated guests may boot at once.
+    pub boots: Arc<Semaphore>,
 }
+
+/// An emulated guest that has not said a word after so long does not keep others from booting any more.
+const BOOT_TURN: Duration = Duration::from_secs(30);
 
 /// No driver of that name.
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +69,31 @@ impl Explain for NoDriver {
 const QUIT_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl VmmCapability {
+    /// For so many emulated guests this host has the processors to boot them at once.
+    pub fn boots_at_once() -> Arc<Semaphore> {
+        let processors = std::thread::available_parallelism().map_or(1, usize::from);
+        Arc::new(Semaphore::new(2 * processors))
+    }
+
+    /// Waits until there is a processor for one more emulated boot; the turn ends with the guest's first word.
+    ///
+    /// A kernel that gets no processor for seconds while it measures its timer takes it for broken ("APIC frequency too
+    /// slow") and falls back to the interval timer, which stops for good in one of twenty guests of a busy host.
+    async fn wait_for_a_boot(&self, run: &Run) {
+        if self.accelerator.accel != Accel::Tcg {
+            return;
+        }
+        // Nobody closes it.
+        let Ok(turn) = Arc::clone(&self.boots).acquire_owned().await else {
+            return;
+        };
+        let booted = run.booted.clone();
+        tokio::spawn(async move {
+            let _ = tokio::time::timeout(BOOT_TURN, booted.cancelled()).await;
+            drop(turn);
+        });
+    }
+
     fn driver(&self, kind: &str) -> Result<&Arc<dyn Driver>, CapabilityError> {
         self.drivers.get(kind).ok_or_else(|| {
             Box::new(NoDriver {
@@ -111,6 +142,7 @@ impl Capability for VmmCapability {
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
         let driver = self.driver(&run.vm.definition.vmm.chosen)?;
+        self.wait_for_a_boot(run).await;
         let machine = driver
             .launch(&run.plan.launch)
             .await
