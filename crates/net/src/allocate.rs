@@ -5,8 +5,9 @@ use std::net::{Ipv4Addr, Ipv6Addr};
 use ipnet::{Ipv4Net, Ipv6Net};
 use offshoot_model::Mac;
 
-/// The length of a network's prefix where nobody asks for another one: 253 VMs.
-const PREFIX: u8 = 24;
+/// The length of a network's prefix where nobody asks for another one: 1,021 VMs. A Linux bridge has 1,024 ports
+/// (`BR_MAX_PORTS`), so a larger one could not be used.
+const PREFIX: u8 = 22;
 /// A shorter prefix is no network of VMs but a mistake.
 const SHORTEST_PREFIX: u8 = 8;
 /// A longer one has no room for host, broadcast and two VMs.
@@ -93,7 +94,7 @@ pub fn check_subnet(
     }
 }
 
-/// The first /24 of `pool` (or the pool itself, when it is smaller) that collides with nothing.
+/// The first /22 of `pool` (or the pool itself, when it is smaller) that collides with nothing.
 pub fn free_subnet(pool: Ipv4Net, routes: &[Ipv4Net], networks: &[Ipv4Net]) -> Result<Ipv4Net, SubnetError> {
     let prefix = PREFIX.max(pool.prefix_len());
     let mut candidates = pool.trunc().subnets(prefix).into_iter().flatten();
@@ -179,12 +180,12 @@ mod tests {
             let found = free_subnet(net("10.87.0.0/16"), &nets(routes), &nets(networks));
             assert_eq!(found, Ok(net(expected)), "{routes:?} {networks:?}");
         };
-        check(&[], &[], "10.87.0.0/24");
-        check(&["0.0.0.0/0", "0.0.0.0/1", "192.168.1.0/24"], &[], "10.87.0.0/24");
-        check(&[], &["10.87.0.0/24"], "10.87.1.0/24");
-        check(&["10.87.1.128/25"], &["10.87.0.0/24"], "10.87.2.0/24");
-        check(&["10.87.0.0/17"], &[], "10.87.128.0/24");
-        check(&["10.87.0.7/32"], &[], "10.87.1.0/24");
+        check(&[], &[], "10.87.0.0/22");
+        check(&["0.0.0.0/0", "0.0.0.0/1", "192.168.1.0/24"], &[], "10.87.0.0/22");
+        check(&[], &["10.87.0.0/24"], "10.87.4.0/22");
+        check(&["10.87.1.128/25"], &["10.87.0.0/24"], "10.87.4.0/22");
+        check(&["10.87.0.0/17"], &[], "10.87.128.0/22");
+        check(&["10.87.0.7/32"], &[], "10.87.4.0/22");
         let all = free_subnet(net("10.87.0.0/16"), &nets(&["10.0.0.0/8"]), &[]);
         assert!(matches!(all, Err(SubnetError::PoolExhausted { .. })));
         assert_eq!(free_subnet(net("10.9.8.0/26"), &[], &[]), Ok(net("10.9.8.0/26")));
