@@ -14,6 +14,7 @@
 //! Not here: what the agent does with a request (crate `agent`), and who decides what to ask (crate `engine`).
 //! Whatever comes from a guest is hostile until shown otherwise: every size is bounded in [`limits`].
 
+pub mod byte_stream;
 pub mod client;
 pub mod limits;
 pub mod link;

@@ -249,7 +249,7 @@ impl Agent for Service {
         };
         let keys = ssh::parse_keys(&open.authorized_keys);
         let (replies, receiver) = mpsc::channel(QUEUE);
-        let stream = ssh::RpcStream::new(messages, replies);
+        let stream = ssh::rpc_stream(messages, replies);
         server.accept(stream, ssh::Peer::Host, keys);
         Ok(Response::new(ReceiverStream::new(receiver)))
     }

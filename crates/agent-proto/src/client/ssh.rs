@@ -4,74 +4,24 @@ use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use bytes::{Buf, Bytes};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use futures::StreamExt as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
-use tokio_util::sync::PollSender;
 use tonic::Streaming;
 
 use super::error::CallError;
 use super::{AgentClient, in_time, v1};
-use crate::limits::MAX_CHUNK;
+use crate::byte_stream::ByteStream;
 
 /// How many messages wait for the connection; a chunk each, so this is what a fast client buffers.
 const QUEUE: usize = 4;
 
 /// One SSH connection (RFC 4253) to a guest's agent, as a plain stream of bytes. Its end from either side ends the
 /// connection; so does dropping it.
-pub struct SshConnection {
-    to_guest: PollSender<v1::SshRequest>,
-    from_guest: Streaming<v1::SshBytes>,
-    /// What was received and not read yet.
-    rest: Bytes,
-}
+pub type SshConnection = ByteStream<v1::SshRequest>;
 
-impl AsyncRead for SshConnection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        out: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        while self.rest.is_empty() {
-            match ready!(futures::Stream::poll_next(Pin::new(&mut self.from_guest), cx)) {
-                Some(Ok(bytes)) => self.rest = bytes.data,
-                Some(Err(status)) => {
-                    return Poll::Ready(Err(io::Error::other(CallError::of("ssh", &status))));
-                }
-                None => return Poll::Ready(Ok(())),
-            }
-        }
-        let count = out.remaining().min(self.rest.len());
-        out.put_slice(&self.rest[..count]);
-        self.rest.advance(count);
-        Poll::Ready(Ok(()))
-    }
-}
-
-impl AsyncWrite for SshConnection {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
-        let gone = |_| io::Error::from(io::ErrorKind::BrokenPipe);
-        if data.is_empty() {
-            return Poll::Ready(Ok(0));
-        }
-        ready!(self.to_guest.poll_reserve(cx)).map_err(gone)?;
-        let count = data.len().min(MAX_CHUNK);
-        let what = Some(v1::ssh_request::What::Data(Bytes::copy_from_slice(
-            &data[..count],
-        )));
-        self.to_guest.send_item(v1::SshRequest { what }).map_err(gone)?;
-        Poll::Ready(Ok(count))
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(()))
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.to_guest.close();
-        Poll::Ready(Ok(()))
-    }
+fn request(what: v1::ssh_request::What) -> v1::SshRequest {
+    v1::SshRequest { what: Some(what) }
 }
 
 /// How many sessions are open in a guest.
@@ -125,18 +75,21 @@ impl AgentClient {
     /// `Refused` when the guest has no SSH server, or the agent is gone or does not answer.
     pub async fn ssh(&self, authorized_keys: Vec<String>) -> Result<SshConnection, CallError> {
         let (sender, receiver) = mpsc::channel(QUEUE);
-        let open = v1::ssh_request::What::Open(v1::SshOpen { authorized_keys });
         sender
-            .try_send(v1::SshRequest { what: Some(open) })
+            .try_send(request(v1::ssh_request::What::Open(v1::SshOpen {
+                authorized_keys,
+            })))
             .expect("a new channel has room and a receiver");
         let mut stub = self.stub.clone();
         let answer = stub.ssh(ReceiverStream::new(receiver));
         let from_guest = in_time("ssh", answer).await?.into_inner();
-        Ok(SshConnection {
-            to_guest: PollSender::new(sender),
-            from_guest,
-            rest: Bytes::new(),
-        })
+        let received = from_guest.map(|message| match message {
+            Ok(bytes) => Ok(bytes.data),
+            Err(status) => Err(io::Error::other(CallError::of("ssh", &status))),
+        });
+        Ok(ByteStream::new(received, sender, |data| {
+            request(v1::ssh_request::What::Data(data))
+        }))
     }
 
     /// How many sessions the guest has, at once and whenever that changes.

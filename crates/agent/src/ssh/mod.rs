@@ -42,7 +42,7 @@ use tokio_util::task::TaskTracker;
 pub(crate) use self::config::{SshPlan, parse_keys, plan};
 pub(crate) use self::connection::Peer;
 pub(crate) use self::listener::listen;
-pub(crate) use self::rpc_stream::RpcStream;
+pub(crate) use self::rpc_stream::{RpcStream, rpc_stream};
 use crate::count::Count;
 use crate::spawn;
 use crate::workload::Workload;
