@@ -14,7 +14,8 @@ use offshoot_model::ByteSize;
 
 use crate::age;
 use crate::credentials;
-use crate::error::{ERROR, Failure, report_and_go_on};
+use crate::each::each;
+use crate::error::Failure;
 use crate::output::{Output, OutputArgs, json, line, now_ms, table};
 use crate::packing::{Owner, append_tree, tar_upload};
 use crate::progress::Bars;
@@ -347,22 +348,14 @@ fn ls_table(images: &[ImageSummary], now_ms: u64, whole: bool) -> String {
 }
 
 pub(crate) async fn rm(client: &Client, args: RmArgs) -> Result<u8, Failure> {
-    let mut status = 0;
-    for reference in args.references {
+    each(&args.references, |reference| async move {
         let query = ImageRemoveQuery {
-            reference,
+            reference: reference.to_owned(),
             force: args.force,
         };
-        match client.remove_image(&query).await {
-            Ok(()) => line(&query.reference)?,
-            Err(e @ offshoot_api::client::ClientError::Unreachable { .. }) => return Err(e.into()),
-            Err(e) => {
-                report_and_go_on(e.into());
-                status = ERROR;
-            }
-        }
-    }
-    Ok(status)
+        client.remove_image(&query).await
+    })
+    .await
 }
 
 /// Shows the result of long work: its name, or all of it.

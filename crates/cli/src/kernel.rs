@@ -6,12 +6,13 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
-use offshoot_api::client::{Client, ClientError};
+use offshoot_api::client::Client;
 use offshoot_api::kernel::{DistroRequest, KernelSummary};
 use offshoot_model::ByteSize;
 
 use crate::age;
-use crate::error::{ERROR, Failure, report_and_go_on};
+use crate::each::each;
+use crate::error::Failure;
 use crate::image::show;
 use crate::output::{Output, OutputArgs, json, line, now_ms, table};
 use crate::packing::{Owner, append_tree, tar_upload};
@@ -196,18 +197,7 @@ fn ls_table(kernels: &[KernelSummary], now_ms: u64) -> String {
 }
 
 async fn rm(client: &Client, args: &RmArgs) -> Result<u8, Failure> {
-    let mut status = 0;
-    for kernel in &args.kernels {
-        match client.remove_kernel(kernel).await {
-            Ok(()) => line(kernel)?,
-            Err(e @ ClientError::Unreachable { .. }) => return Err(e.into()),
-            Err(e) => {
-                report_and_go_on(e.into());
-                status = ERROR;
-            }
-        }
-    }
-    Ok(status)
+    each(&args.kernels, |kernel| client.remove_kernel(kernel)).await
 }
 
 #[cfg(test)]

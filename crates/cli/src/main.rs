@@ -12,6 +12,7 @@ mod credentials;
 mod decisions;
 mod detach;
 mod doctor;
+mod each;
 mod error;
 mod events;
 mod exec;

@@ -2,12 +2,13 @@
 
 use clap::{Args, Subcommand};
 use ipnet::Ipv4Net;
-use offshoot_api::client::{Client, ClientError};
+use offshoot_api::client::Client;
 use offshoot_api::network::{NetworkRequest, NetworkSummary};
 use offshoot_model::NetworkName;
 
 use crate::age;
-use crate::error::{ERROR, Failure, report_and_go_on};
+use crate::each::each;
+use crate::error::Failure;
 use crate::image::show;
 use crate::net_dns::{self, DnsArgs};
 use crate::output::{Output, OutputArgs, json, line, now_ms, table};
@@ -121,20 +122,8 @@ async fn inspect(client: &Client, args: &NamesArgs) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// Removes each, prints the names of those that are gone, and goes on after errors.
 async fn rm(client: &Client, args: &NamesArgs) -> Result<u8, Failure> {
-    let mut status = 0;
-    for name in &args.names {
-        match client.remove_network(name).await {
-            Ok(()) => line(name)?,
-            Err(e @ ClientError::Unreachable { .. }) => return Err(e.into()),
-            Err(e) => {
-                report_and_go_on(e.into());
-                status = ERROR;
-            }
-        }
-    }
-    Ok(status)
+    each(&args.names, |name| client.remove_network(name)).await
 }
 
 #[cfg(test)]

@@ -144,7 +144,7 @@ pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Fail
 
 pub(crate) async fn start(client: &Client, args: &StartArgs) -> Result<u8, Failure> {
     if !args.attach {
-        let all = crate::vm::each(&args.vms, |vm| async move { client.start_vm(vm).await.map(drop) });
+        let all = crate::each::each(&args.vms, |vm| async move { client.start_vm(vm).await.map(drop) });
         return crate::vm::or_cancel(client, &args.vms, all).await;
     }
     let [vm] = args.vms.as_slice() else {

@@ -2,19 +2,18 @@
 
 use clap::Args;
 use futures::{StreamExt, stream};
-use offshoot_api::client::{Client, ClientError};
+use offshoot_api::client::Client;
 use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, ResetQuery, Sessions, StopQuery, VmSummary};
 
 use crate::age;
-use crate::error::{ERROR, Failure, report_and_go_on};
+use crate::each::each;
+use crate::error::{Failure, report_and_go_on};
 use crate::output::{Output, OutputArgs, json, line, now_ms, shorten, table};
 use crate::ports;
 use crate::signals::Signals;
 use crate::timings;
 use crate::values::vm_ref;
 
-/// How many VMs one command line handles at once.
-const AT_ONCE: usize = 16;
 /// How much of a command `ps` shows, as Docker does.
 const COMMAND_WIDTH: usize = 20;
 
@@ -250,29 +249,6 @@ pub(crate) async fn wait(client: &Client, args: &VmsArgs) -> Result<u8, Failure>
         line(&answer?.exit.map_or(0, |exit| exit.code).to_string())?;
     }
     Ok(0)
-}
-
-/// Does the same to each VM, prints the names of those it worked for, and goes on after errors.
-pub(crate) async fn each<'a, F>(vms: &'a [String], act: impl Fn(&'a str) -> F) -> Result<u8, Failure>
-where
-    F: Future<Output = Result<(), ClientError>>,
-{
-    let mut done = stream::iter(vms)
-        .map(|vm| (vm, act(vm)))
-        .map(|(vm, act)| async move { (vm, act.await) })
-        .buffered(AT_ONCE);
-    let mut status = 0;
-    while let Some((vm, result)) = done.next().await {
-        match result {
-            Ok(()) => line(vm)?,
-            Err(e @ ClientError::Unreachable { .. }) => return Err(e.into()),
-            Err(e) => {
-                report_and_go_on(e.into());
-                status = ERROR;
-            }
-        }
-    }
-    Ok(status)
 }
 
 #[cfg(test)]

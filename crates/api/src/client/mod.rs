@@ -11,6 +11,7 @@ mod reach;
 mod session;
 mod ssh;
 mod url;
+mod websocket;
 mod work;
 
 use std::path::{Path, PathBuf};

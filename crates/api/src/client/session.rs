@@ -3,18 +3,12 @@
 use bytes::{BufMut, Bytes, BytesMut};
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
-use http::{Method, StatusCode, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
-use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
-use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig};
-use tokio_tungstenite::{WebSocketStream, tungstenite};
+use tokio_tungstenite::tungstenite;
+use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
-use super::connection::{Upload, exchange};
 use super::error::{ClientError, ProtocolError};
+use super::websocket::{Socket, upgrade};
 use crate::channel::{self, ExecStart, Status, WindowSize};
-
-pub(super) type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
 /// What a client says in a session.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,34 +50,10 @@ impl std::fmt::Debug for Session {
 
 impl Session {
     pub(super) async fn open(socket: &std::path::Path, target: &str) -> Result<Self, ClientError> {
-        let key = generate_key();
-        let headers = [
-            (header::CONNECTION, "Upgrade"),
-            (header::UPGRADE, "websocket"),
-            (header::SEC_WEBSOCKET_VERSION, "13"),
-            (header::SEC_WEBSOCKET_KEY, key.as_str()),
-            (header::SEC_WEBSOCKET_PROTOCOL, channel::SUBPROTOCOL),
-        ];
-        let answer = exchange(socket, Method::GET, target, Upload::none(), &headers).await?;
-        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-            return Err(answer.broken(ProtocolError::Status {
-                status: answer.status().as_u16(),
-            }));
-        }
-        for (name, expected) in [
-            ("sec-websocket-accept", derive_accept_key(key.as_bytes()).as_str()),
-            ("sec-websocket-protocol", channel::SUBPROTOCOL),
-        ] {
-            if answer.header(name) != Some(expected) {
-                return Err(answer.broken(ProtocolError::Header { name }));
-            }
-        }
-        let (request, upgraded) = answer.upgrade().await?;
         let config = WebSocketConfig::default()
             .max_message_size(Some(channel::MAX_MESSAGE))
             .max_frame_size(Some(channel::MAX_MESSAGE));
-        let socket =
-            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Client, Some(config)).await;
+        let (request, socket) = upgrade(socket, target, Some(channel::SUBPROTOCOL), config).await?;
         Ok(Self { request, socket })
     }
 

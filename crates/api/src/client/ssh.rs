@@ -3,16 +3,12 @@
 use bytes::Bytes;
 use futures::stream::{SplitSink, SplitStream};
 use futures::{SinkExt, StreamExt};
-use http::{Method, StatusCode, header};
-use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::handshake::{client::generate_key, derive_accept_key};
-use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::protocol::{Message, WebSocketConfig};
 
-use super::connection::{Upload, exchange};
 use super::error::{ClientError, ProtocolError};
-use super::session::{Socket, is_end};
+use super::session::is_end;
+use super::websocket::{Socket, upgrade};
 use crate::ssh::MAX_MESSAGE;
-use hyper_util::rt::TokioIo;
 
 /// One connection to the SSH server of a VM's agent. Dropping it ends the connection.
 pub struct SshTunnel {
@@ -30,30 +26,11 @@ impl std::fmt::Debug for SshTunnel {
 
 impl SshTunnel {
     pub(super) async fn open(socket: &std::path::Path, target: &str) -> Result<Self, ClientError> {
-        let key = generate_key();
-        let headers = [
-            (header::CONNECTION, "Upgrade"),
-            (header::UPGRADE, "websocket"),
-            (header::SEC_WEBSOCKET_VERSION, "13"),
-            (header::SEC_WEBSOCKET_KEY, key.as_str()),
-        ];
-        let answer = exchange(socket, Method::GET, target, Upload::none(), &headers).await?;
-        if answer.status() != StatusCode::SWITCHING_PROTOCOLS {
-            return Err(answer.broken(ProtocolError::Status {
-                status: answer.status().as_u16(),
-            }));
-        }
-        let name = "sec-websocket-accept";
-        if answer.header(name) != Some(derive_accept_key(key.as_bytes()).as_str()) {
-            return Err(answer.broken(ProtocolError::Header { name }));
-        }
-        let (request, upgraded) = answer.upgrade().await?;
         let config = WebSocketConfig::default()
             .max_message_size(Some(MAX_MESSAGE))
             .max_frame_size(Some(MAX_MESSAGE))
             .write_buffer_size(0);
-        let socket =
-            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Client, Some(config)).await;
+        let (request, socket) = upgrade(socket, target, None, config).await?;
         Ok(Self { request, socket })
     }
 
