@@ -115,6 +115,10 @@ hex_id!(
     VmId, 12, "offshoot ps -a"
 );
 hex_id!(
+    /// A template: the first 128 bits of a hash over everything that a VM must have in common with it.
+    TemplateId, 32, "offshoot template ls"
+);
+hex_id!(
     /// A prepared base: the first 128 bits of a hash over image digest and variant.
     BaseId, 32, "offshoot df"
 );
@@ -190,6 +194,13 @@ impl TryFrom<String> for VmName {
 impl From<VmName> for String {
     fn from(name: VmName) -> String {
         name.0
+    }
+}
+
+/// Its id names a VM as well.
+impl From<&VmId> for VmName {
+    fn from(id: &VmId) -> Self {
+        Self(id.as_str().to_owned())
     }
 }
 

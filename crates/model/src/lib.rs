@@ -11,6 +11,7 @@ mod id;
 mod network;
 mod network_rules;
 mod object;
+mod percentile;
 mod progress;
 mod publish;
 mod size;
@@ -22,19 +23,20 @@ pub use digest::{Digest, DigestError};
 pub use error::{ErrorKind, Explain};
 pub use event::{Event, EventAction};
 pub use finding::{Finding, Fix, Severity};
-pub use id::{BaseId, IdError, KernelId, NameError, OperationId, VmId, VmName};
+pub use id::{BaseId, IdError, KernelId, NameError, OperationId, TemplateId, VmId, VmName};
 pub use network::{
     Allowed, Attachment, Mac, MacError, Network, NetworkChoice, NetworkConfig, NetworkName, NetworkNameError,
     PublishedPort, SshConfig, Transport,
 };
 pub use network_rules::NetworkConfigError;
 pub use object::{KernelObject, ObjectKind};
+pub use percentile::percentile;
 pub use progress::{Progress, ProgressEvent, ProgressUnit, TaskId};
 pub use publish::{GuestPort, PublishError, PublishMistake};
 pub use size::{ByteSize, ByteSizeError};
-pub use stage::{StageOutcome, StageTiming};
+pub use stage::{OperationOutcome, OperationTiming, StageOutcome, StageTiming};
 pub use state::{ExitReason, ExitStatus, VmState};
 pub use vm::{
-    Boot, ConfigError, EnvVar, EnvVarError, ImageConfig, Mount, ProcessConfig, RestartPolicy, RootRequest,
-    VmConfig, VmmRequest,
+    Boot, ConfigError, DEFAULT_DISK, EnvVar, EnvVarError, ImageConfig, Mount, ProcessConfig, RestartPolicy,
+    RootRequest, VmConfig, VmmRequest,
 };

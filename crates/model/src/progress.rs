@@ -75,6 +75,18 @@ impl Progress {
         Self::new(|_| ())
     }
 
+    /// The same, heard by `listener` as well, which must return at once.
+    pub fn heard_by(&self, listener: impl Fn(&ProgressEvent) + Send + Sync + 'static) -> Self {
+        let sink = Arc::clone(&self.sink);
+        Self {
+            sink: Arc::new(move |event| {
+                listener(&event);
+                sink(event);
+            }),
+            next: Arc::clone(&self.next),
+        }
+    }
+
     /// Begins a task and gives its id.
     pub fn start(&self, label: impl Into<String>, unit: ProgressUnit, total: Option<u64>) -> TaskId {
         let task = self.next.fetch_add(1, Ordering::Relaxed);

@@ -8,7 +8,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
-use crate::{ByteSize, NetworkConfig, NetworkConfigError, SshConfig, VmName};
+use crate::{ByteSize, KernelId, NetworkConfig, NetworkConfigError, SshConfig, VmName};
 
 /// How the root should be shown to the guest.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
@@ -298,6 +298,10 @@ pub struct VmConfig {
     /// Which VMM.
     #[serde(default)]
     pub vmm: VmmRequest,
+    /// The kernel bundle it boots; the default one when absent.
+    #[schema(value_type = Option<String>)]
+    #[serde(default)]
+    pub kernel: Option<KernelId>,
     /// Boot or restore.
     #[serde(default)]
     pub boot: Boot,
@@ -333,8 +337,11 @@ fn default_memory() -> ByteSize {
     ByteSize::from_mib(512)
 }
 
+/// What a VM gets as its overlay and as its work disk when it asks for nothing else: more than most need, and it is thin.
+pub const DEFAULT_DISK: ByteSize = ByteSize::from_mib(10 << 10);
+
 fn default_disk() -> ByteSize {
-    ByteSize::from_mib(10 << 10)
+    DEFAULT_DISK
 }
 
 /// Why a request cannot be a VM on any host.
@@ -477,6 +484,7 @@ impl VmConfig {
             work: default_disk(),
             root: RootRequest::Auto,
             vmm: VmmRequest::Auto,
+            kernel: None,
             boot: Boot::Auto,
             mounts: Vec::new(),
             auto_remove: false,

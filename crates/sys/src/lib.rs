@@ -7,6 +7,7 @@ pub mod durable;
 pub mod kvm;
 pub mod lock;
 pub mod memory;
+pub mod memory_file;
 pub mod process;
 pub mod programs;
 pub mod random;

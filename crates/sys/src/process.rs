@@ -233,6 +233,15 @@ impl PidFd {
         !matches!(rustix::event::poll(&mut fds, Some(&zero)), Ok(n) if n > 0)
     }
 
+    /// A copy of a descriptor that the process has. Needs the rights of whoever may trace it (pidfd_getfd(2)).
+    pub fn descriptor(&self, number: i32) -> io::Result<OwnedFd> {
+        Ok(rustix::process::pidfd_getfd(
+            self.fd.get_ref(),
+            number,
+            rustix::process::PidfdGetfdFlags::empty(),
+        )?)
+    }
+
     /// Sends a signal. A process that is already gone is no error.
     pub fn send_signal(&self, signal: Signal) -> io::Result<()> {
         match rustix::process::pidfd_send_signal(self.fd.get_ref(), signal) {

@@ -4,10 +4,12 @@
 //! the file is copied beside itself, and a file from a newer version is refused. Calls are synchronous and take
 //! well under a millisecond plus one fsync; async callers go through [`Db::call`].
 
+mod base_rows;
 mod event_rows;
 mod image_rows;
 mod network_rows;
 mod object_rows;
+mod operation_rows;
 mod vm_rows;
 
 use std::fs::OpenOptions;
@@ -20,16 +22,21 @@ use offshoot_model::{ErrorKind, Explain};
 use rusqlite::Connection;
 use rusqlite_migration::{M, Migrations};
 
+pub use base_rows::{BaseChanges, BaseRow};
 pub use event_rows::{EVENTS_KEPT, EventFilter, NewEvent};
 pub use image_rows::ImageRow;
 pub use network_rows::{AddressRow, TakenAddresses};
 pub use object_rows::ObjectRow;
+pub use operation_rows::{OPERATIONS_KEPT, OPERATIONS_KEPT_OF_A_KIND, OperationFilter};
 pub use vm_rows::{VmRow, VmRunUpdate, VmWrite};
 
-const MIGRATIONS: [M<'static>; 3] = [
+const MIGRATIONS: [M<'static>; 6] = [
     M::up(include_str!("../../migrations/0001-start.sql")),
     M::up(include_str!("../../migrations/0002-operations.sql")),
     M::up(include_str!("../../migrations/0003-networks.sql")),
+    M::up(include_str!("../../migrations/0004-bases.sql")),
+    M::up(include_str!("../../migrations/0005-timings.sql")),
+    M::up(include_str!("../../migrations/0006-boot.sql")),
 ];
 
 /// How long a call waits for another process's transaction before it fails: `offshoot` never holds one longer than

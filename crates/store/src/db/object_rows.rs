@@ -54,6 +54,15 @@ impl Db {
             .collect()
     }
 
+    /// Replaces what is recorded of what is no VM of anybody's but has an id like one.
+    pub fn put_objects(&self, id: &VmId, objects: &[KernelObject]) -> Result<(), DbError> {
+        self.with("write kernel objects", |connection| {
+            let transaction = connection.transaction()?;
+            replace(&transaction, id, objects)?;
+            transaction.commit()
+        })
+    }
+
     /// Forgets a thing that is gone.
     pub fn remove_object(&self, object: &KernelObject) -> Result<(), DbError> {
         self.with("forget a kernel object", |connection| {

@@ -1,8 +1,7 @@
-//! One row a VM, and the stages of its operations.
+//! One row a VM.
 
 use offshoot_model::{
-    BaseId, Digest, Event, ExitReason, ExitStatus, KernelId, KernelObject, StageOutcome, StageTiming, VmId,
-    VmName, VmState,
+    BaseId, Digest, Event, ExitReason, ExitStatus, KernelId, KernelObject, VmId, VmName, VmState,
 };
 use rusqlite::{OptionalExtension, Row, params};
 use serde::Serialize;
@@ -47,6 +46,8 @@ pub struct VmRow {
     pub held: bool,
     /// Somebody removed it, and it is not gone yet.
     pub removing: bool,
+    /// How the current or last run began, and why so.
+    pub boot: Option<String>,
 }
 
 /// The part of a row that a run changes.
@@ -68,6 +69,8 @@ pub struct VmRunUpdate {
     pub held: bool,
     /// See [`VmRow::removing`].
     pub removing: bool,
+    /// See [`VmRow::boot`].
+    pub boot: Option<String>,
 }
 
 /// What goes into the database together with a change of a VM's row: all of it or nothing.
@@ -80,7 +83,7 @@ pub struct VmWrite {
 }
 
 /// An enum's serde name, which is what the database and the API both show.
-fn word<T: Serialize>(value: &T) -> String {
+pub(super) fn word<T: Serialize>(value: &T) -> String {
     match serde_json::to_value(value) {
         Ok(serde_json::Value::String(word)) => word,
         other => unreachable!("only unit variants are stored as words, got {other:?}"),
@@ -99,7 +102,7 @@ pub(super) fn unreadable(source: impl std::error::Error + Send + Sync + 'static)
 }
 
 const COLUMNS: &str = "id, name, state, uid, image_digest, base_id, kernel_id, definition, machine, created_ms, \
-                       started_ms, finished_ms, exit_code, exit_reason, failure, held, removing";
+                       started_ms, finished_ms, exit_code, exit_reason, failure, held, removing, boot";
 
 /// A row as SQLite gives it, before anything is believed.
 struct RawVm {
@@ -110,6 +113,7 @@ struct RawVm {
     exit: (Option<i32>, Option<String>),
     held: bool,
     removing: bool,
+    boot: Option<String>,
 }
 
 fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
@@ -129,6 +133,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<RawVm> {
         exit: (row.get(12)?, row.get(13)?),
         held: row.get(15)?,
         removing: row.get(16)?,
+        boot: row.get(17)?,
     })
 }
 
@@ -158,6 +163,7 @@ fn parse(raw: RawVm, failure: &str) -> Result<VmRow, DbError> {
         failure: serde_json::from_str(failure).map_err(unreadable)?,
         held: raw.held,
         removing: raw.removing,
+        boot: raw.boot,
     })
 }
 
@@ -185,7 +191,7 @@ impl Db {
             let transaction = connection.transaction()?;
             transaction.execute(
                 &format!(
-                    "INSERT INTO vms ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17)"
+                    "INSERT INTO vms ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15,?16,?17,?18)"
                 ),
                 params![
                     row.id.as_str(),
@@ -205,6 +211,7 @@ impl Db {
                     failure,
                     row.held,
                     row.removing,
+                    row.boot,
                 ],
             )?;
             if let Some(address) = address {
@@ -230,7 +237,7 @@ impl Db {
             transaction
                 .prepare_cached(
                     "UPDATE vms SET state = ?2, machine = ?3, started_ms = ?4, finished_ms = ?5, exit_code = ?6,
-                     exit_reason = ?7, failure = ?8, held = ?9, removing = ?10 WHERE id = ?1",
+                     exit_reason = ?7, failure = ?8, held = ?9, removing = ?10, boot = ?11 WHERE id = ?1",
                 )?
                 .execute(params![
                     id.as_str(),
@@ -243,6 +250,7 @@ impl Db {
                     failure,
                     update.held,
                     update.removing,
+                    update.boot,
                 ])?;
             if let Some(objects) = &write.objects {
                 object_rows::replace(&transaction, id, objects)?;
@@ -281,7 +289,7 @@ impl Db {
             .collect()
     }
 
-    /// Forgets a VM and its stages. What it has in the kernel stays recorded until it is gone.
+    /// Forgets a VM. What it has in the kernel stays recorded until it is gone.
     pub fn remove_vm(&self, id: &VmId, events: &[NewEvent]) -> Result<Vec<Event>, DbError> {
         self.with("forget a VM", |connection| {
             let transaction = connection.transaction()?;
@@ -307,58 +315,6 @@ impl Db {
                 )
                 .optional()
         })
-    }
-
-    /// Replaces the stages kept for one operation of a VM.
-    pub fn put_stages(&self, id: &VmId, operation: &str, stages: &[StageTiming]) -> Result<(), DbError> {
-        self.with("write stages", |connection| {
-            let transaction = connection.transaction()?;
-            transaction.execute(
-                "DELETE FROM stages WHERE vm_id = ?1 AND operation = ?2",
-                [id.as_str(), operation],
-            )?;
-            for (seq, stage) in stages.iter().enumerate() {
-                transaction
-                    .prepare_cached("INSERT INTO stages VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7)")?
-                    .execute(params![
-                        id.as_str(),
-                        operation,
-                        seq as i64,
-                        stage.stage,
-                        stage.start_us as i64,
-                        stage.duration_us as i64,
-                        word(&stage.outcome),
-                    ])?;
-            }
-            transaction.commit()
-        })
-    }
-
-    /// The stages of a VM's last operations, in the order they ran within each.
-    pub fn stages(&self, id: &VmId) -> Result<Vec<StageTiming>, DbError> {
-        let rows: Vec<(String, String, i64, i64, String)> = self.with("read stages", |connection| {
-            connection
-                .prepare_cached(
-                    "SELECT operation, stage, start_us, duration_us, outcome FROM stages WHERE vm_id = ?1
-                     ORDER BY operation, seq",
-                )?
-                .query_map([id.as_str()], |row| {
-                    Ok((row.get(0)?, row.get(1)?, row.get(2)?, row.get(3)?, row.get(4)?))
-                })?
-                .collect()
-        })?;
-        rows.into_iter()
-            .map(|(operation, stage, start_us, duration_us, outcome)| {
-                let outcome: StageOutcome = parse_word(&outcome)?;
-                Ok(StageTiming {
-                    operation,
-                    stage,
-                    start_us: start_us.unsigned_abs(),
-                    duration_us: duration_us.unsigned_abs(),
-                    outcome,
-                })
-            })
-            .collect()
     }
 }
 
@@ -386,6 +342,7 @@ pub(super) mod tests {
             failure: Vec::new(),
             held: false,
             removing: false,
+            boot: None,
         }
     }
 
@@ -408,6 +365,7 @@ pub(super) mod tests {
             failure: vec!["a".into(), "b".into()],
             held: true,
             removing: true,
+            boot: Some("{}".into()),
         };
         let event = NewEvent {
             time_ms: 6,
@@ -431,6 +389,7 @@ pub(super) mod tests {
         (one.state, one.machine, one.started_ms) = (update.state, update.machine, update.started_ms);
         (one.finished_ms, one.exit, one.failure) = (update.finished_ms, update.exit, update.failure);
         (one.held, one.removing) = (true, true);
+        one.boot = Some("{}".into());
         assert_eq!(db.vms().unwrap(), [one.clone(), row(2, "db")]);
         db.remove_vm(&one.id, &[]).unwrap();
         assert_eq!(db.objects().unwrap().len(), 1, "it may still be there");
@@ -462,25 +421,5 @@ pub(super) mod tests {
         }
         db.remove_vm(&row(2, "x").id, &[]).unwrap();
         assert_eq!(db.free_uid(101, 3).unwrap(), Some(102));
-    }
-
-    #[test]
-    fn stages_go_with_their_vm() {
-        let dir = tempfile::tempdir().unwrap();
-        let db = Db::open(dir.path()).unwrap();
-        db.insert_vm(&row(1, "web"), None, &[]).unwrap();
-        let id = row(1, "web").id;
-        let stage = |name: &str| StageTiming {
-            operation: "start".into(),
-            stage: name.into(),
-            start_us: 1,
-            duration_us: 2,
-            outcome: StageOutcome::Done,
-        };
-        db.put_stages(&id, "start", &[stage("a"), stage("b")]).unwrap();
-        db.put_stages(&id, "start", &[stage("c")]).unwrap();
-        assert_eq!(db.stages(&id).unwrap(), [stage("c")]);
-        db.remove_vm(&id, &[]).unwrap();
-        assert_eq!(db.stages(&id).unwrap(), []);
     }
 }

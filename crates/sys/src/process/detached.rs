@@ -87,6 +87,10 @@ pub struct DetachedCommand {
     pub log: Option<PathBuf>,
     /// What standard output and error are instead of a log.
     pub output: Option<OwnedFd>,
+    /// What standard output is, where it is not the same as standard error.
+    pub stdout: Option<OwnedFd>,
+    /// The network namespace that it enters; `None` stays in ours. Needs `CAP_SYS_ADMIN`.
+    pub network: Option<OwnedFd>,
     /// The folders of the control group that it enters before anything else, one for each hierarchy; none leaves it in
     /// ours.
     pub cgroups: Vec<PathBuf>,
@@ -111,6 +115,8 @@ impl DetachedCommand {
             identity: None,
             log: None,
             output: None,
+            stdout: None,
+            network: None,
             cgroups: Vec::new(),
             bound_folder: None,
             inherit: Vec::new(),
@@ -179,7 +185,7 @@ pub enum SpawnError {
 }
 
 /// The steps of a child between fork and exec, in order; their index travels through the pipe when one fails.
-const STEPS: [&str; 16] = [
+const STEPS: [&str; 17] = [
     "enter its control group",
     "start a session",
     "move its file descriptors",
@@ -196,6 +202,7 @@ const STEPS: [&str; 16] = [
     "set no_new_privs",
     "enter the working directory",
     "execute the program",
+    "enter its network namespace",
 ];
 /// Where the steps of [`bound_folder`] start.
 const FIRST_BIND_STEP: u8 = 5;
@@ -215,6 +222,8 @@ struct Prepared {
     limits: Vec<(libc::__rlimit_resource_t, u64)>,
     /// The open `cgroup.procs` of its control groups.
     cgroups: Vec<File>,
+    /// The network namespace to enter.
+    network: Option<RawFd>,
     /// The folder to bind, and whether it is to be read-only.
     bound_folder: Option<(CString, bool)>,
     identity: Option<Identity>,
@@ -317,7 +326,8 @@ fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prep
             .chain(std::iter::once(std::ptr::null()))
             .collect()
     };
-    let mut fds = vec![(null, 0), (output, 1), (output, 2)];
+    let stdout = command.stdout.as_ref().map_or(output, AsRawFd::as_raw_fd);
+    let mut fds = vec![(null, 0), (stdout, 1), (output, 2)];
     for inherited in &command.inherit {
         if inherited.number < 3 || fds.iter().any(|(_, number)| *number == inherited.number) {
             return Err(SpawnError::FdNumber {
@@ -340,6 +350,7 @@ fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prep
             .iter()
             .map(|group| open_procs(group))
             .collect::<Result<_, _>>()?,
+        network: command.network.as_ref().map(AsRawFd::as_raw_fd),
         bound_folder: match &command.bound_folder {
             Some(folder) if !folder.is_possible() => {
                 return Err(SpawnError::BoundFolder {
@@ -411,6 +422,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
         }
         if libc::setsid() < 0 {
             return 1;
+        }
+        if let Some(network) = prepared.network
+            && libc::setns(network, libc::CLONE_NEWNET) < 0
+        {
+            return 16;
         }
         // First out of the way of every number, then into place: one target may be another's source.
         for (source, _) in &prepared.fds {
