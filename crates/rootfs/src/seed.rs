@@ -11,7 +11,7 @@ use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use offshoot_model::{ByteSize, Digest, ErrorKind, Explain};
+use offshoot_model::{ByteSize, DEFAULT_DISK, Digest, ErrorKind, Explain};
 use offshoot_sys::clone::{CloneKind, clone_file};
 use rustix::fs::{SeekFrom, seek};
 use rustix::io::Errno;
@@ -19,8 +19,8 @@ use sha2::{Digest as _, Sha256};
 
 use crate::room::is_full;
 
-/// The size of the seed in a base: the size that most disks are asked to have, so that they need not grow.
-pub const SEED_SIZE: ByteSize = ByteSize::from_mib(10 << 10);
+/// The size that seeds mostly have: that of the disks of a VM that asks for nothing else, so that they need not grow.
+pub const SEED_SIZE: ByteSize = DEFAULT_DISK;
 
 /// How mke2fs is called, whatever the disk is for. Measured for what an empty disk takes: 184 KiB at 10 GiB.
 ///
@@ -139,10 +139,12 @@ impl Explain for SeedError {
 pub enum DiskOrigin {
     /// Cloned from the seed.
     Cloned(CloneKind),
-    /// Made by mke2fs, because it is smaller than the seed.
+    /// Made by mke2fs, because it is smaller than the seed, or there is none.
     Made,
     /// Cloned from the seed, and made smaller by resize2fs.
     Shrunk(CloneKind),
+    /// Made by mke2fs with the image's `/root`, because there is no seed.
+    Built,
 }
 
 /// What an ext4 file system gets besides its size.

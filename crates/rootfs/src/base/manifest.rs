@@ -21,6 +21,9 @@ pub(super) const TREE: &str = "tree";
 pub(super) const FORMAT: u32 = 2;
 /// Whatever changes the bytes of a base but the image: raise the number of a part when its bytes change.
 pub(super) const VARIANT: &str = "root.erofs=1 overlay-seed.ext4=1 work-seed.ext4=1";
+/// Format and variant of bases of earlier versions whose roots are as ours, newest first. What they lack is done without: VMs'
+/// disks are built where there is no seed. Format 1 has no work seed, and no hash of its overlay seed.
+const EARLIER: [(u32, &str); 1] = [(1, "root.erofs=1 overlay-seed.ext4=1")];
 
 /// The largest manifest that is read: ours have less than one KiB.
 const LIMIT: u64 = 64 << 10;
@@ -28,7 +31,7 @@ const LIMIT: u64 = 64 << 10;
 /// What a base is.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BaseManifest {
-    /// The format of the folder: 2.
+    /// The format of the folder: 2, or that of an earlier version.
     pub format: u32,
     /// The image it was made from.
     pub image: Digest,
@@ -36,10 +39,12 @@ pub struct BaseManifest {
     pub variant: String,
     /// The root.
     pub root: RootInfo,
-    /// The overlay seed.
-    pub overlay_seed: SeedInfo,
-    /// The work seed.
-    pub work_seed: SeedInfo,
+    /// The overlay seed; always there in format 2.
+    #[serde(default)]
+    pub overlay_seed: Option<SeedInfo>,
+    /// The work seed; always there in format 2.
+    #[serde(default)]
+    pub work_seed: Option<SeedInfo>,
 }
 
 /// `root.erofs`.
@@ -62,18 +67,33 @@ pub struct RootInfo {
 pub struct SeedInfo {
     /// Its length.
     pub size: ByteSize,
-    /// What it took on disk when it was made.
+    /// What it took on disk when it was made; 0 where that was not recorded (format 1).
+    #[serde(default = "unrecorded")]
     pub allocated: ByteSize,
     /// The SHA-256 of its length and of every block that is not all zeros, after its number. Hashing ten GiB of zeros
-    /// with them would take longer than everything else.
-    pub blocks_sha256: Digest,
+    /// with them would take longer than everything else. Absent in format 1.
+    #[serde(default)]
+    pub blocks_sha256: Option<Digest>,
     /// What wrote it.
     pub writer: String,
 }
 
+fn unrecorded() -> ByteSize {
+    ByteSize::from_bytes(0)
+}
+
 /// The id of the base of an image: the first 128 bits of a SHA-256 over the image's digest and the variant.
 pub fn base_id(image: &Digest) -> BaseId {
-    BaseId::from_bytes(&Sha256::digest(format!("offshoot base\n{image}\n{VARIANT}\n")))
+    id_of(image, VARIANT)
+}
+
+/// The ids that bases of this image have which earlier versions made and which still serve, newest first.
+pub fn earlier_base_ids(image: &Digest) -> impl Iterator<Item = BaseId> {
+    EARLIER.map(|(_, variant)| id_of(image, variant)).into_iter()
+}
+
+fn id_of(image: &Digest, variant: &str) -> BaseId {
+    BaseId::from_bytes(&Sha256::digest(format!("offshoot base\n{image}\n{variant}\n")))
 }
 
 /// The UUID of an image's root file system: made from its digest, so that the same image gives the same bytes.
@@ -127,24 +147,41 @@ impl BaseManifest {
         }
         let unparsable = |_| damaged("its base.json does not parse");
         let version: Version = serde_json::from_slice(&text).map_err(unparsable)?;
-        if version.format != FORMAT || version.variant != VARIANT {
+        let known = (version.format, version.variant.as_str());
+        if known != (FORMAT, VARIANT) && !EARLIER.contains(&known) {
             return Err(BaseError::Format { dir: dir.to_owned() });
         }
         let manifest: Self = serde_json::from_slice(&text).map_err(unparsable)?;
-        if base_id(&manifest.image) != *id {
+        if id_of(&manifest.image, &manifest.variant) != *id {
             return Err(damaged("it is the base of another image"));
         }
+        if manifest.is_current() && !manifest.has_recorded_seeds() {
+            return Err(damaged("its base.json says nothing of a seed"));
+        }
+        let seed_size = |seed: &Option<SeedInfo>| seed.as_ref().map(|seed| seed.size);
         for (name, size) in [
-            (ROOT, manifest.root.size),
-            (OVERLAY_SEED, manifest.overlay_seed.size),
-            (WORK_SEED, manifest.work_seed.size),
+            (ROOT, Some(manifest.root.size)),
+            (OVERLAY_SEED, seed_size(&manifest.overlay_seed)),
+            (WORK_SEED, seed_size(&manifest.work_seed)),
         ] {
+            let Some(size) = size else { continue };
             match std::fs::symlink_metadata(dir.join(name)) {
                 Ok(file) if file.is_file() && file.len() == size.bytes() => {}
                 _ => return Err(damaged("a file is missing or has another size")),
             }
         }
         Ok(manifest)
+    }
+
+    /// Whether it is of the form that this version makes.
+    pub fn is_current(&self) -> bool {
+        self.format == FORMAT && self.variant == VARIANT
+    }
+
+    fn has_recorded_seeds(&self) -> bool {
+        let recorded =
+            |seed: &Option<SeedInfo>| seed.as_ref().is_some_and(|seed| seed.blocks_sha256.is_some());
+        recorded(&self.overlay_seed) && recorded(&self.work_seed)
     }
 
     /// The text of `base.json`.
@@ -166,6 +203,9 @@ mod tests {
         assert_ne!(base_id(&a), base_id(&b));
         // Changes only with the variant: VMs name their base by it.
         assert_eq!(base_id(&a).as_str(), "96e425b7c8662c6f0cb1282616452fc2");
+        let earlier: Vec<_> = earlier_base_ids(&a).collect();
+        assert_eq!(earlier.len(), EARLIER.len());
+        assert!(!earlier.contains(&base_id(&a)) && !earlier.contains(&earlier_base_ids(&b).next().unwrap()));
         assert_ne!(root_uuid(&a), root_uuid(&b));
     }
 
@@ -184,13 +224,53 @@ mod tests {
             ));
             assert!(matches!(error, BaseError::Format { .. }), "{error:?}");
         }
+        let (image, root) = (Digest::from_bytes([1; 32]), root_json());
         for text in [
             "{",
             "{}",
             format!(r#"{{"format": {FORMAT}, "variant": "{VARIANT}"}}"#).as_str(),
+            // Only an earlier format may lack a seed.
+            format!(r#"{{"format": {FORMAT}, "variant": "{VARIANT}", "image": "{image}", "root": {root}}}"#)
+                .as_str(),
         ] {
             let error = read(text);
             assert!(matches!(error, BaseError::Damaged { .. }), "{text}: {error:?}");
         }
+    }
+    fn root_json() -> String {
+        let hash = Digest::from_bytes([3; 32]);
+        format!(r#"{{"size": 0, "allocated": 0, "inodes": 1, "sha256": "{hash}", "writer": "x"}}"#)
+    }
+
+    #[test]
+    fn a_base_of_format_1_is_read_with_what_it_has() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = Digest::from_bytes([1; 32]);
+        let (format, variant) = EARLIER[0];
+        let id = earlier_base_ids(&image).next().unwrap();
+        std::fs::write(dir.path().join(ROOT), "").unwrap();
+        std::fs::write(dir.path().join(OVERLAY_SEED), "12345").unwrap();
+        let root = root_json();
+        let write = |seeds: &str| {
+            let text = format!(
+                r#"{{"format": {format}, "image": "{image}", "variant": "{variant}", "root": {root}{seeds}}}"#
+            );
+            std::fs::write(dir.path().join(MANIFEST), text).unwrap();
+            BaseManifest::read(dir.path(), &id)
+        };
+        let seed = r#", "overlay_seed": {"size": 5, "writer": "mke2fs 1.47.0"}"#;
+        let read = write(seed).unwrap();
+        assert!(!read.is_current() && read.work_seed.is_none());
+        assert_eq!(read.overlay_seed.unwrap().blocks_sha256, None);
+        // One that was made without either still has its root.
+        assert!(write("").unwrap().overlay_seed.is_none());
+        // What is recorded must be there.
+        let other = r#", "overlay_seed": {"size": 6, "writer": "mke2fs 1.47.0"}"#;
+        assert!(matches!(write(other), Err(BaseError::Damaged { .. })));
+        let current = base_id(&image);
+        assert!(matches!(
+            BaseManifest::read(dir.path(), &current),
+            Err(BaseError::Damaged { .. })
+        ));
     }
 }

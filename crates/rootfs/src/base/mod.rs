@@ -13,7 +13,8 @@
 //! ```
 //!
 //! The id is made from the image's digest and the variant, so a base that exists needs no further key: the same id always
-//! means the same content. See `docs/formats/base.md`. Which bases are still needed is not known here.
+//! means the same content. A base of an earlier variant serves until the current one stands beside it. See
+//! `docs/formats/base.md`. Which bases are still needed is not known here.
 
 mod error;
 mod flight;
@@ -26,6 +27,9 @@ mod work_seed;
 mod tree;
 mod verify;
 
+mod disk;
+
+use std::fmt;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
@@ -34,27 +38,60 @@ use std::sync::atomic::AtomicBool;
 
 use offshoot_image::layer::Limits;
 use offshoot_image::manifest::StoredImage;
-use offshoot_model::{BaseId, Digest, Progress};
+use offshoot_model::{BaseId, ByteSize, Digest, Progress};
 use offshoot_store::blobs::BlobStore;
 use offshoot_sys::durable::{StagingDir, fsync_dir};
 use offshoot_sys::lock::FileLock;
 
 use crate::erofs::SpaceGuard;
+use crate::seed::SEED_SIZE;
 
+pub use disk::DiskError;
 pub use error::{BaseError, PrepareError, TreeError, VerifyError};
-pub use manifest::{BaseManifest, RootInfo, SeedInfo, base_id};
+pub use manifest::{BaseManifest, RootInfo, SeedInfo, base_id, earlier_base_ids};
 pub use verify::{CheckedPart, Verified, VerifiedPart};
 
 use flight::Flights;
 use prepare::{Job, Present};
 
 /// What bounds the preparation of a base.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BaseStoreConfig {
     /// What an image may unpack to.
     pub limits: Limits,
     /// What must stay free on the disk; without, [`SpaceGuard::of_disk`] decides.
     pub guard: Option<SpaceGuard>,
+    /// The length of seeds that are made from now on: disks that are not smaller are clones. A work seed has more where the
+    /// image's `/root` needs it.
+    pub seed_size: ByteSize,
+}
+
+impl Default for BaseStoreConfig {
+    fn default() -> Self {
+        Self {
+            limits: Limits::default(),
+            guard: None,
+            seed_size: SEED_SIZE,
+        }
+    }
+}
+
+/// A pristine disk in a base, of which VMs get clones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seed {
+    /// Of overlay disks: empty.
+    Overlay,
+    /// Of work disks: with the image's `/root`.
+    Work,
+}
+
+impl fmt::Display for Seed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Overlay => "overlay seed",
+            Self::Work => "work seed",
+        })
+    }
 }
 
 /// The bases below a data directory. Cheap to clone; any number of processes may use one store at once.
@@ -125,12 +162,22 @@ impl Base {
         self.dir.join(manifest::ROOT)
     }
 
-    /// The pristine overlay disk, for [`clone_seed`](crate::seed::clone_seed).
+    /// The seeds that it does not have, because an earlier version made it.
+    pub fn lacks(&self) -> Vec<Seed> {
+        let seeds = [
+            (Seed::Overlay, &self.manifest.overlay_seed),
+            (Seed::Work, &self.manifest.work_seed),
+        ];
+        let missing = seeds.into_iter().filter(|(_, info)| info.is_none());
+        missing.map(|(seed, _)| seed).collect()
+    }
+
+    /// The pristine overlay disk, where it has one, for [`clone_seed`](crate::seed::clone_seed).
     pub fn overlay_seed(&self) -> PathBuf {
         self.dir.join(manifest::OVERLAY_SEED)
     }
 
-    /// The pristine work disk with the image's `/root`, for [`clone_work_seed`](crate::seed::clone_work_seed).
+    /// The pristine work disk with the image's `/root`, where it has one, for [`clone_work_seed`](crate::seed::clone_work_seed).
     pub fn work_seed(&self) -> PathBuf {
         self.dir.join(manifest::WORK_SEED)
     }
@@ -171,13 +218,35 @@ impl BaseStore {
         })
     }
 
-    /// Gives the base of an image, preparing it if there is none.
+    /// Gives the base of an image, preparing it if there is none: the current one, else one that an earlier version made, whose
+    /// VMs' disks are built where it lacks a seed.
     ///
     /// However many ask at once, in this process and in others, one preparation runs; the others wait for it and share its
     /// result or its error. Dropping the future is safe: the preparation goes on for those who still wait, and when
     /// nobody does it stops and leaves nothing behind. A base that is there but damaged is prepared again and swapped;
     /// VMs that have the old files open keep them.
     pub async fn ensure(&self, image: &StoredImage, progress: &Progress) -> Result<Base, PrepareError> {
+        let (store, digest) = (self.clone(), image.digest);
+        let ready = tokio::task::spawn_blocking(move || store.of_image(&digest).ok()).await;
+        if let Ok(Some(base)) = ready {
+            return Ok(base);
+        }
+        self.prepare(
+            &self.shared.flights,
+            &base_id(&image.digest),
+            image,
+            progress,
+            Present::Take,
+        )
+        .await
+    }
+
+    /// As [`ensure`](Self::ensure), but what an earlier version made does not do: the current base is made beside it.
+    pub async fn ensure_current(
+        &self,
+        image: &StoredImage,
+        progress: &Progress,
+    ) -> Result<Base, PrepareError> {
         let id = base_id(&image.digest);
         let (shared, wanted) = (self.shared.clone(), id.clone());
         let ready = tokio::task::spawn_blocking(move || shared.load(&wanted).ok()).await;
@@ -243,6 +312,18 @@ impl BaseStore {
     /// The base of this id. Reads a small file and blocks for as long.
     pub fn get(&self, id: &BaseId) -> Result<Base, BaseError> {
         self.shared.load(id)
+    }
+
+    /// The base that VMs of this image get: the current one, else one that an earlier version made. Where there is neither, the
+    /// error is that of the current one. Reads a small file or two and blocks for as long.
+    pub fn of_image(&self, image: &Digest) -> Result<Base, BaseError> {
+        let current = self.shared.load(&base_id(image));
+        // One that is damaged is made again; that an earlier one is left over is no reason to go back to it.
+        if !matches!(current, Err(BaseError::NotFound { .. })) {
+            return current;
+        }
+        let mut earlier = earlier_base_ids(image).filter_map(|id| self.shared.load(&id).ok());
+        earlier.next().map_or(current, Ok)
     }
 
     /// Every base that is whole, in the order of their ids.

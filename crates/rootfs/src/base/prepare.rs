@@ -30,7 +30,7 @@ use super::manifest::{
 };
 use super::{Base, Shared, waiting_for};
 use crate::erofs::{DataWriter, SpaceGuard, Written};
-use crate::seed::{SEED_SIZE, SeedError, hash_blocks, make_disk, mke2fs_version};
+use crate::seed::{SeedError, hash_blocks, make_disk, mke2fs_version};
 
 /// How much is read at once to be hashed: large enough that system calls do not show, small enough for a cache.
 const HASH_STEP: usize = 256 << 10;
@@ -123,7 +123,7 @@ impl Job<'_> {
         let (root, overlay_seed) = thread::scope(|scope| {
             let overlay_seed = scope.spawn(|| {
                 let path = dir.join(OVERLAY_SEED);
-                make_disk(&path, SEED_SIZE).map_err(self.seed_error())?;
+                make_disk(&path, self.shared.config.seed_size).map_err(self.seed_error())?;
                 self.seed_info(&path, &writer)
             });
             let root = self.root(dir, &writer);
@@ -135,8 +135,8 @@ impl Job<'_> {
             image: self.image.digest,
             variant: VARIANT.to_owned(),
             root,
-            overlay_seed: overlay_seed?,
-            work_seed,
+            overlay_seed: Some(overlay_seed?),
+            work_seed: Some(work_seed),
         };
         write_file(&dir.join(MANIFEST), &manifest.to_json())
             .map_err(self.io("write", &dir.join(MANIFEST)))?;
@@ -160,9 +160,9 @@ impl Job<'_> {
         Ok(SeedInfo {
             size: ByteSize::from_bytes(metadata.len()),
             allocated: ByteSize::from_bytes(metadata.blocks() * 512),
-            blocks_sha256: hashed.ok_or(PrepareError::Cancelled {
+            blocks_sha256: Some(hashed.ok_or(PrepareError::Cancelled {
                 image: self.image.digest,
-            })?,
+            })?),
             writer: writer.to_owned(),
         })
     }

@@ -5,11 +5,10 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use offshoot_model::BaseId;
+use offshoot_model::{BaseId, Digest};
 use offshoot_sys::lock::FileLock;
 
 use super::error::{BaseError, VerifyError};
-use super::manifest::SeedInfo;
 use super::{BaseStore, prepare, tree};
 use crate::compare::{CompareError, compare};
 use crate::erofs::ErofsImage;
@@ -59,11 +58,16 @@ impl BaseStore {
         let lock_path = self.shared.lock_path(id);
         let _lock = FileLock::exclusive(&lock_path).map_err(BaseError::io("lock", &lock_path))?;
         let base = self.shared.load(id)?;
-        let mut parts = vec![
-            root(base.root_erofs(), &base.manifest.root),
-            seed(base.overlay_seed(), &base.manifest.overlay_seed),
-            seed(base.work_seed(), &base.manifest.work_seed),
-        ];
+        let mut parts = vec![root(base.root_erofs(), &base.manifest.root)];
+        for (path, info) in [
+            (base.overlay_seed(), &base.manifest.overlay_seed),
+            (base.work_seed(), &base.manifest.work_seed),
+        ] {
+            // An earlier version made none, or did not say what is in it.
+            if let Some(hash) = info.as_ref().and_then(|info| info.blocks_sha256) {
+                parts.push(seed(path, hash));
+            }
+        }
         if let Some(path) = tree::present(&base) {
             let compared = ErofsImage::open(&base.root_erofs())
                 .map_err(CompareError::from)
@@ -91,10 +95,10 @@ fn root(path: PathBuf, info: &super::RootInfo) -> CheckedPart {
     })
 }
 
-fn seed(path: PathBuf, info: &SeedInfo) -> CheckedPart {
+fn seed(path: PathBuf, recorded: Digest) -> CheckedPart {
     check(path, |file| {
         let hash = hash_blocks(file, &mut || true)?;
-        Ok((hash == Some(info.blocks_sha256), file.metadata()?.blocks() * 512))
+        Ok((hash == Some(recorded), file.metadata()?.blocks() * 512))
     })
 }
 

@@ -18,54 +18,71 @@ use super::manifest::SeedInfo;
 use super::prepare::Job;
 use crate::copy::{TreeSize, make_filled};
 use crate::erofs::{ErofsImage, ErofsReadError, Inode, InodeKind};
-use crate::room::Room;
-use crate::seed::{SEED_JOURNAL, SEED_SIZE};
+use crate::room::{Room, SpaceGuard};
+use crate::seed::SEED_JOURNAL;
 use crate::unpack::{UnpackError, UnpackWatch, unpack};
 
-/// What the size of a seed that must be larger than [`SEED_SIZE`] is a multiple of.
+/// What the size of a seed that must be larger than others is a multiple of.
 const SIZE_STEP: u64 = 1 << 30;
 
 impl Job<'_> {
     /// Makes the work seed `path` from the finished `root`.
     pub(super) fn work_seed(&self, root: &Path, path: &Path, writer: &str) -> Result<SeedInfo, PrepareError> {
         let image = self.image.digest;
-        let unpacking = |error| match error {
+        let tmp = &self.shared.tmp;
+        let staging = StagingDir::new(tmp, "work").map_err(self.io("create a folder in", tmp))?;
+        let home = staging.path().join("root");
+        let guard = self.guard()?;
+        unpack_home(root, &home, guard, &|| self.is_cancelled()).map_err(|error| match error {
             UnpackError::Cancelled => PrepareError::Cancelled { image },
             error => PrepareError::Unpack {
                 image,
                 source: Arc::new(error),
             },
-        };
-        let tmp = &self.shared.tmp;
-        let staging = StagingDir::new(tmp, "work").map_err(self.io("create a folder in", tmp))?;
-        let home = staging.path().join("root");
-        let erofs = ErofsImage::open(root).map_err(|error| unpacking(error.into()))?;
-        match slash_root(&erofs).map_err(|error| unpacking(error.into()))? {
-            Some(dir) => {
-                let watch = UnpackWatch {
-                    cancelled: &|| self.is_cancelled(),
-                    moved: &|_| (),
-                };
-                unpack(&erofs, dir, &home, self.guard()?, watch).map_err(unpacking)?;
-            }
-            None => std::fs::DirBuilder::new()
-                .mode(0o700)
-                .create(&home)
-                .map_err(self.io("create", &home))?,
-        }
+        })?;
         let taken = TreeSize::of(&home).map_err(self.io("measure", &home))?;
-        Room::new(tmp, self.guard()?)
+        Room::new(tmp, guard)
             .take(taken.bytes)
             .map_err(self.io("make room for", path))?;
-        let needed = taken.needed(SEED_JOURNAL.bytes()).bytes();
-        let size = if needed <= SEED_SIZE.bytes() {
-            SEED_SIZE
-        } else {
-            // As much again is for the user.
-            ByteSize::from_bytes((2 * needed).next_multiple_of(SIZE_STEP))
-        };
+        let size = seed_size(taken, self.shared.config.seed_size);
         make_filled(&home, taken, path, size, SEED_JOURNAL).map_err(self.seed_error())?;
         self.seed_info(path, writer)
+    }
+}
+
+/// Unpacks what the image in `root` has in `/root` to `home`, which must not exist.
+pub(super) fn unpack_home(
+    root: &Path,
+    home: &Path,
+    guard: SpaceGuard,
+    cancelled: &(dyn Fn() -> bool + Sync),
+) -> Result<(), UnpackError> {
+    let erofs = ErofsImage::open(root)?;
+    let Some(dir) = slash_root(&erofs)? else {
+        return std::fs::DirBuilder::new()
+            .mode(0o700)
+            .create(home)
+            .map_err(|source| UnpackError::Io {
+                action: "create",
+                path: home.to_owned(),
+                source,
+            });
+    };
+    let watch = UnpackWatch {
+        cancelled,
+        moved: &|_| (),
+    };
+    unpack(&erofs, dir, home, guard, watch).map(drop)
+}
+
+/// The size of the seed for what is in `/root`: the one that seeds mostly have, where that holds it.
+fn seed_size(taken: TreeSize, usual: ByteSize) -> ByteSize {
+    let needed = taken.needed(SEED_JOURNAL.bytes()).bytes();
+    if needed <= usual.bytes() {
+        usual
+    } else {
+        // As much again is for the user.
+        ByteSize::from_bytes((2 * needed).next_multiple_of(SIZE_STEP))
     }
 }
 

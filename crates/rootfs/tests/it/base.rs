@@ -7,7 +7,7 @@ use std::sync::Arc;
 use offshoot_image::layer::Limits;
 use offshoot_image::manifest::StoredImage;
 use offshoot_model::{ByteSize, ErrorKind, Explain, Progress, ProgressEvent};
-use offshoot_rootfs::base::{BaseError, BaseStoreConfig, PrepareError, VerifyError, base_id};
+use offshoot_rootfs::base::{Base, BaseError, BaseStoreConfig, PrepareError, VerifyError, base_id};
 use offshoot_rootfs::erofs::SpaceGuard;
 use offshoot_sys::lock::FileLock;
 
@@ -43,15 +43,14 @@ async fn a_base_is_made_once() {
     assert_eq!(mode(&base.dir), 0o555);
     assert_eq!(base.manifest.image, image.digest);
     assert_eq!(base.manifest.root.inodes, 4);
-    assert_eq!(base.manifest.overlay_seed.size, ByteSize::from_mib(10 << 10));
-    for seed in [&base.manifest.overlay_seed, &base.manifest.work_seed] {
+    assert!(base.manifest.is_current() && base.lacks().is_empty());
+    let seeds = [&base.manifest.overlay_seed, &base.manifest.work_seed].map(|seed| seed.as_ref().unwrap());
+    for seed in seeds {
+        assert_eq!(seed.size, ByteSize::from_mib(10 << 10));
         assert!(seed.writer.starts_with("mke2fs 1."), "{seed:?}");
         assert!(seed.allocated < ByteSize::from_bytes(300 << 10), "{seed:?}");
     }
-    assert_ne!(
-        base.manifest.overlay_seed.blocks_sha256,
-        base.manifest.work_seed.blocks_sha256
-    );
+    assert_ne!(seeds[0].blocks_sha256, seeds[1].blocks_sha256);
     assert_eq!(
         base.manifest.root.sha256,
         crate::support::sha256(&std::fs::read(base.root_erofs()).unwrap())
@@ -252,10 +251,8 @@ async fn a_rebuilt_base_is_new_and_who_has_the_old_one_open_keeps_it() {
     );
     assert_eq!(rebuilt.manifest.root, base.manifest.root);
     // The root is the same bytes again; mke2fs gives every seed an id of its own.
-    assert_ne!(
-        rebuilt.manifest.overlay_seed.blocks_sha256,
-        base.manifest.overlay_seed.blocks_sha256
-    );
+    let hash_of = |base: &Base| base.manifest.overlay_seed.as_ref().unwrap().blocks_sha256;
+    assert_ne!(hash_of(&rebuilt), hash_of(&base));
     assert_eq!(place.store.verify(&base.id).unwrap().parts.len(), 3);
     assert!(!base.tree().exists());
     assert_eq!(place.names("tmp").len(), 0);
@@ -291,7 +288,10 @@ async fn an_image_beyond_the_limits_is_refused() {
         (entries, "more than 1 entries"),
         (bytes, "more than 1MiB unpacked"),
     ] {
-        let place = Place::with(BaseStoreConfig { limits, guard: None });
+        let place = Place::with(BaseStoreConfig {
+            limits,
+            ..BaseStoreConfig::default()
+        });
         let image = place.image(&[large()]);
         check_refused(&place, &image, expected).await;
     }

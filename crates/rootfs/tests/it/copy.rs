@@ -145,7 +145,7 @@ async fn a_work_seed_has_what_the_image_has_in_root() {
     let image = place.image(&[home()]);
     let base = place.store.ensure(&image, &Progress::silent()).await.unwrap();
     e2fsck(&base.work_seed());
-    assert_eq!(base.manifest.work_seed.size, SEED_SIZE);
+    assert_eq!(base.manifest.work_seed.as_ref().unwrap().size, SEED_SIZE);
     let erofs = Mount::erofs(&base.root_erofs());
     let expected = whole_seconds(list(&erofs.path().join("root")));
     assert_eq!((expected.len(), expected[Path::new(".")].mode), (7, 0o040_750));

@@ -13,5 +13,6 @@ mod erofs;
 mod read;
 
 mod copy;
+mod seeds;
 mod tree;
 mod umoci;

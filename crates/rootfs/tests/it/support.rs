@@ -182,6 +182,12 @@ impl Mount {
         Self::new(&["-t", "ext4", "-o", "loop"], disk)
     }
 
+    /// A disk of any kind that can be written.
+    #[track_caller]
+    pub(crate) fn writable(disk: &Path) -> Self {
+        Self::new(&["-o", "loop"], disk)
+    }
+
     /// An empty file system in memory.
     #[track_caller]
     pub(crate) fn tmpfs(size: u64) -> Self {
