@@ -4,14 +4,15 @@
 //! apt-cache search ─► newest linux-image-<release>-cloud-<arch> ─► apt-get download ─► dpkg-deb -x
 //! ```
 //!
-//! apt checks the package against the signed lists of its archive.
+//! The source that kernels are compiled from comes in the same way, out of the package `linux-source-<version>`.
+//! apt checks each package against the signed lists of its archive.
 
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use offshoot_model::{Progress, ProgressUnit};
+use offshoot_model::{ErrorKind, Progress, ProgressUnit};
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::Command;
 
@@ -25,6 +26,13 @@ const COMPLAINT_MAX: u64 = 4 << 10;
 const META_DEPTH: usize = 4;
 /// How often a download's progress is looked at.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+/// What kernel packages are called.
+const IMAGE: &str = "linux-image-";
+/// What packages with Linux's source are called.
+const SOURCE: &str = "linux-source-";
+/// The one whose options our configuration was written for.
+const SOURCE_PACKAGE: &str = "linux-source-6.12";
 
 /// What to take of the distribution's kernels.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -100,6 +108,22 @@ pub enum DistroError {
     },
 }
 
+impl DistroError {
+    /// What kind of trouble it is.
+    pub(crate) fn kind(&self) -> ErrorKind {
+        match self {
+            Self::Architecture { .. } | Self::Spawn { .. } => ErrorKind::NotPossible,
+            Self::Name { .. } => ErrorKind::InvalidRequest,
+            Self::NoPackage { .. } => ErrorKind::NotFound,
+            Self::Tool { .. } | Self::Output { .. } | Self::NoKernel { .. } => ErrorKind::Upstream,
+            Self::Io { source, .. } => match source.kind() {
+                io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => ErrorKind::NoSpace,
+                _ => ErrorKind::Internal,
+            },
+        }
+    }
+}
+
 /// A kernel package that apt can download.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Package {
@@ -131,16 +155,7 @@ pub(crate) async fn find(options: &DistroOptions) -> Result<Package, DistroError
                 package: name.chars().take(80).collect(),
             });
         }
-        let records = match run("apt-cache", &["show", "--no-all-versions", &name], Path::new("/")).await {
-            Ok(records) => records,
-            // It ends with 100 when it knows nothing of that name.
-            Err(DistroError::Tool { status, .. }) if status.code() == Some(100) => String::new(),
-            Err(error) => return Err(error),
-        };
-        let package = parse_records(&records)
-            .into_iter()
-            .find(|package| package.name == name);
-        match package {
+        match show(&name, IMAGE).await? {
             None => return Err(DistroError::NoPackage { package: name }),
             Some(Package {
                 leads_to: Some(next), ..
@@ -153,12 +168,62 @@ pub(crate) async fn find(options: &DistroOptions) -> Result<Package, DistroError
     })
 }
 
+/// Finds the package with the source that kernels are compiled from.
+pub(crate) async fn find_source() -> Result<Package, DistroError> {
+    show(SOURCE_PACKAGE, SOURCE)
+        .await?
+        .ok_or_else(|| DistroError::NoPackage {
+            package: SOURCE_PACKAGE.to_owned(),
+        })
+}
+
+/// The version of a package that apt would install.
+async fn show(name: &str, prefix: &str) -> Result<Option<Package>, DistroError> {
+    let records = match run("apt-cache", &["show", "--no-all-versions", name], Path::new("/")).await {
+        Ok(records) => records,
+        // It ends with 100 when it knows nothing of that name.
+        Err(DistroError::Tool { status, .. }) if status.code() == Some(100) => String::new(),
+        Err(error) => return Err(error),
+    };
+    Ok(parse_records(&records, prefix)
+        .into_iter()
+        .find(|package| package.name == name))
+}
+
 /// Downloads and extracts `package` into `dir`; gives the extracted tree and the kernel in it.
 pub(crate) async fn fetch(
     package: &Package,
     dir: &Path,
     progress: &Progress,
 ) -> Result<(PathBuf, PathBuf), DistroError> {
+    let tree = download(package, dir, progress).await?;
+    let kernel = one_file(&tree.join("boot"), |name| name.starts_with("vmlinuz-"))
+        .ok_or_else(|| nothing_in(package, "it has no boot/vmlinuz-*"))?;
+    Ok((tree, kernel))
+}
+
+/// Downloads and extracts a package with Linux's source into `dir`; gives the tarball.
+pub(crate) async fn fetch_source(
+    package: &Package,
+    dir: &Path,
+    progress: &Progress,
+) -> Result<PathBuf, DistroError> {
+    let tree = download(package, dir, progress).await?;
+    one_file(&tree.join("usr/src"), |name| {
+        name.starts_with(SOURCE) && name.contains(".tar")
+    })
+    .ok_or_else(|| nothing_in(package, "it has no usr/src/linux-source-*.tar.*"))
+}
+
+fn nothing_in(package: &Package, what: &'static str) -> DistroError {
+    DistroError::NoKernel {
+        package: package.name.clone(),
+        what,
+    }
+}
+
+/// Downloads and extracts `package` into `dir`; gives the extracted tree.
+async fn download(package: &Package, dir: &Path, progress: &Progress) -> Result<PathBuf, DistroError> {
     let (download, tree) = (dir.join("download"), dir.join("tree"));
     for dir in [&download, &tree] {
         std::fs::create_dir(dir).map_err(|source| DistroError::Io {
@@ -184,19 +249,13 @@ pub(crate) async fn fetch(
     }
     progress.finish(task);
 
-    let missing = |what| DistroError::NoKernel {
-        package: package.name.clone(),
-        what,
-    };
-    let deb =
-        one_file(&download, |name| name.ends_with(".deb")).ok_or_else(|| missing("apt-get left no .deb"))?;
+    let deb = one_file(&download, |name| name.ends_with(".deb"))
+        .ok_or_else(|| nothing_in(package, "apt-get left no .deb"))?;
     let task = progress.start(format!("extracting {}", package.name), ProgressUnit::Items, None);
     let (deb_path, tree_path) = (deb.to_string_lossy(), tree.to_string_lossy());
     run("dpkg-deb", &["-x", &deb_path, &tree_path], &download).await?;
     progress.finish(task);
-    let kernel = one_file(&tree.join("boot"), |name| name.starts_with("vmlinuz-"))
-        .ok_or_else(|| missing("it has no boot/vmlinuz-*"))?;
-    Ok((tree, kernel))
+    Ok(tree)
 }
 
 fn debian_arch() -> Result<&'static str, DistroError> {
@@ -209,7 +268,11 @@ fn debian_arch() -> Result<&'static str, DistroError> {
 
 /// A package name (Debian policy 5.6.1) of a kernel: it goes into a command line.
 fn is_kernel_package(name: &str) -> bool {
-    name.strip_prefix("linux-image-").is_some_and(|rest| {
+    is_package(name, IMAGE)
+}
+
+fn is_package(name: &str, prefix: &str) -> bool {
+    name.strip_prefix(prefix).is_some_and(|rest| {
         !rest.is_empty()
             && name.len() <= 128
             && rest
@@ -220,14 +283,14 @@ fn is_kernel_package(name: &str) -> bool {
 
 /// The newest of the real packages; signed ones are those without a suffix, which the search has left.
 fn newest(records: &str) -> Option<Package> {
-    parse_records(records)
+    parse_records(records, IMAGE)
         .into_iter()
         .filter(|package| package.leads_to.is_none())
         .max_by(|a, b| version::compare(&a.version, &b.version))
 }
 
-/// Records of `Field: value` lines with empty lines between them (deb822(5)).
-fn parse_records(text: &str) -> Vec<Package> {
+/// The packages whose names begin so, of records of `Field: value` lines with empty lines between them (deb822(5)).
+fn parse_records(text: &str, prefix: &str) -> Vec<Package> {
     text.split("\n\n")
         .filter_map(|record| {
             let field = |name: &str| {
@@ -236,7 +299,7 @@ fn parse_records(text: &str) -> Vec<Package> {
                     .find_map(|line| line.strip_prefix(name)?.strip_prefix(": "))
                     .map(str::trim)
             };
-            let name = field("Package").filter(|name| is_kernel_package(name))?;
+            let name = field("Package").filter(|name| is_package(name, prefix))?;
             let leads_to = field("Depends")
                 .unwrap_or_default()
                 .split([',', '|'])
@@ -362,13 +425,16 @@ mod tests {
             (package.version.as_str(), package.size),
             ("6.12.117-1~deb12u1", 34_307_256)
         );
-        let records = parse_records(RECORDS);
+        let records = parse_records(RECORDS, IMAGE);
         assert_eq!(records.len(), 4);
         assert_eq!(
             records[1].leads_to.as_deref(),
             Some("linux-image-6.12.117+deb12-cloud-amd64")
         );
         assert_eq!(newest(""), None);
+        let source = "Package: linux-source-6.12\nVersion: 6.12.1-1\nDepends: binutils, xz-utils\nSize: 7\n";
+        assert_eq!(parse_records(source, IMAGE), []);
+        assert_eq!(parse_records(source, SOURCE)[0].leads_to, None);
     }
 
     #[test]

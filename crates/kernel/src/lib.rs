@@ -8,6 +8,7 @@
 //!   <id>/kernel.json        KernelManifest
 //!
 //! package ─apt─► vmlinuz ─┐
+//! source ──make──► vmlinux┤
 //! files ──────────────────┼─ vmlinux ──► ELF, release, PVH?  ─┐
 //! modules ── modinfo ── plan ──────────► what to load, when  ─┼─ store ──► <data>/kernels/<id>/
 //! agent ──────────────────────────────► initramfs            ─┘
@@ -16,9 +17,10 @@
 //! A bundle never changes: its id is a hash over its files. A new agent makes a new bundle beside the old one, out of
 //! the old one and without a network; see [`KernelStore::refresh`]. The formats are in `docs/formats/kernel.md`.
 //!
-//! Not here: compiling kernels, starting VMs, and deciding which bundle may be removed.
+//! Not here: starting VMs, and deciding which bundle may be removed.
 
 mod bundle;
+mod compile;
 mod decompress;
 mod distro;
 mod initramfs;
@@ -31,6 +33,7 @@ mod version;
 mod vmlinux;
 
 pub use bundle::BuildError;
+pub use compile::{CompileError, CompileOptions, FRAGMENT_MAX, FragmentError};
 pub use decompress::DecompressError;
 pub use distro::{DistroError, DistroOptions};
 pub use initramfs::InitramfsError;

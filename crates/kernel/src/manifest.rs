@@ -21,6 +21,17 @@ pub enum KernelSource {
         /// Its version.
         version: String,
     },
+    /// Compiled on this host, all of it built in.
+    Compiled {
+        /// The source's package (`linux-source-6.12`), or `tarball`.
+        package: String,
+        /// The package's version, or the tarball's digest.
+        version: String,
+        /// The configuration fragment: ours, with what the user said otherwise.
+        config: Digest,
+        /// What the compiler calls itself.
+        compiler: String,
+    },
     /// The user's own files.
     Files,
 }
@@ -29,6 +40,17 @@ impl fmt::Display for KernelSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Debian { package, version } => f.pad(&format!("debian {package} {version}")),
+            Self::Compiled {
+                package,
+                version,
+                config,
+                ..
+            } => {
+                let config = config.to_string();
+                // As many digits as tell a few apart.
+                let config = config.trim_start_matches("sha256:").get(..8).unwrap_or_default();
+                f.pad(&format!("compiled {package} {version} config {config}"))
+            }
             Self::Files => f.pad("files"),
         }
     }

@@ -144,7 +144,7 @@ impl ModuleGroup {
 
 /// How much a module is needed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
+pub(crate) enum Need {
     /// No VM without it.
     Required,
     /// A virtio transport: one of them must be there.
@@ -156,7 +156,7 @@ enum Need {
 }
 
 /// One driver a guest uses: module, option that builds it in, need.
-const DRIVERS: [(ModuleGroup, &str, &str, Need); 16] = [
+pub(crate) const DRIVERS: [(ModuleGroup, &str, &str, Need); 16] = [
     // Before erofs and ext4, which take the best crc32c there is when they start.
     (
         ModuleGroup::Base,

@@ -10,6 +10,7 @@
 use std::io;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use offshoot_model::{ErrorKind, Explain, KernelId, Progress};
@@ -17,9 +18,13 @@ use offshoot_sys::durable::{self, Published, StagingDir};
 use offshoot_sys::lock::FileLock;
 
 use crate::bundle::{self, Agent, BuildError, BundleInput, INITRAMFS, MANIFEST, VMLINUX};
+use crate::compile::{self, CompileError, CompileOptions};
 use crate::distro::{self, DistroError, DistroOptions};
 use crate::manifest::{FORMAT, KernelManifest, KernelSource, MANIFEST_MAX};
 use crate::module_tree::read_limited;
+
+/// What is said while somebody else compiles.
+const WAITING: &str = "waiting for another kernel that is being compiled";
 
 /// Why something cannot be done with kernel bundles.
 #[derive(Debug, thiserror::Error)]
@@ -85,6 +90,13 @@ pub enum KernelError {
         #[source]
         source: DistroError,
     },
+    /// The kernel cannot be compiled.
+    #[error("cannot compile a kernel")]
+    Compile {
+        /// Why not.
+        #[source]
+        source: CompileError,
+    },
     /// The work was given up because the program ends.
     #[error("making the kernel bundle was interrupted")]
     Interrupted {
@@ -112,15 +124,8 @@ impl Explain for KernelError {
                 }
                 BuildError::Initramfs { .. } => ErrorKind::Internal,
             },
-            Self::Distro { source } => match source {
-                DistroError::Architecture { .. } | DistroError::Spawn { .. } => ErrorKind::NotPossible,
-                DistroError::Name { .. } => ErrorKind::InvalidRequest,
-                DistroError::NoPackage { .. } => ErrorKind::NotFound,
-                DistroError::Tool { .. } | DistroError::Output { .. } | DistroError::NoKernel { .. } => {
-                    ErrorKind::Upstream
-                }
-                DistroError::Io { source, .. } => kind_of(source),
-            },
+            Self::Distro { source } => source.kind(),
+            Self::Compile { source } => source.kind(),
         }
     }
 
@@ -146,6 +151,7 @@ impl Explain for KernelError {
                 "build the agent with `RUSTFLAGS='-C target-feature=+crt-static' cargo build -p offshoot-agent \
                  --profile agent --target x86_64-unknown-linux-gnu`"
             }
+            Self::Compile { source } => return source.hints(),
             Self::Distro { source } => match source {
                 DistroError::NoPackage { .. } | DistroError::Tool { .. } => {
                     "run `apt-get update` and try again, or add a kernel of your own with \
@@ -211,6 +217,10 @@ pub struct KernelStore {
     kernels: PathBuf,
     tmp: PathBuf,
     lock: PathBuf,
+    /// Held while a kernel is compiled: minutes, in which kernels can be added and removed all the same.
+    compile_lock: PathBuf,
+    /// The same within this process, so that those who wait can go away at once.
+    compiling: Arc<tokio::sync::Mutex<()>>,
 }
 
 impl KernelStore {
@@ -221,6 +231,8 @@ impl KernelStore {
             kernels: data_dir.join("kernels"),
             tmp: data_dir.join("tmp"),
             lock: locks.join("kernels.lock"),
+            compile_lock: locks.join("kernel-compile.lock"),
+            compiling: Arc::default(),
         };
         for dir in [&store.kernels, &store.tmp, &locks] {
             std::fs::create_dir_all(dir).map_err(failed("make", dir))?;
@@ -407,11 +419,80 @@ impl KernelStore {
         };
         let progress = progress.clone();
         self.in_background(move |store| {
-            let bundle = store.build_locked(&input, &agent, &progress, &lock);
+            let bundle = store.build_locked(&input, &agent, true, &progress, &lock);
             drop(work);
             bundle
         })
         .await
+    }
+
+    /// Compiles a kernel for guests, and adds it. It becomes the default only where there is no other kernel.
+    ///
+    /// Needs a compiler, and apt and the network unless the source is given. One that was made of the same source and
+    /// configuration with the same compiler is not compiled again: only the agent is replaced, where it changed. One
+    /// kernel is compiled at a time; who asks for the same meanwhile gets that one. Dropping the future kills the
+    /// compilers and leaves nothing.
+    pub async fn compile(
+        &self,
+        agent: &Path,
+        options: &CompileOptions,
+        progress: &Progress,
+    ) -> Result<KernelBundle, KernelError> {
+        let compile_failed = |source| KernelError::Compile { source };
+        let agent = read_agent(agent).await?;
+        let plan = compile::plan(options).await.map_err(compile_failed)?;
+        let (_turn, _file) = self.turn_to_compile(progress).await?;
+        let same = |bundle: &KernelBundle| bundle.manifest.source == plan.source;
+        if let Some(there) = self.list()?.into_iter().find(same) {
+            progress.message(format!("kernel {} was compiled of the same before", there.id));
+            let lock = self.lock(progress).await?;
+            return self
+                .in_background(move |store| store.refresh_locked(&there, &agent, false, &lock))
+                .await;
+        }
+        let (work, kernel) = compile::compile(&plan, options, self.staging()?, progress)
+            .await
+            .map_err(compile_failed)?;
+        let input = BundleInput {
+            kernel,
+            modules: None,
+            source: plan.source,
+        };
+        let lock = self.lock(progress).await?;
+        let progress = progress.clone();
+        self.in_background(move |store| {
+            let is_first = matches!(store.default(), Err(KernelError::NoKernel));
+            let bundle = store.build_locked(&input, &agent, is_first, &progress, &lock);
+            drop(work);
+            bundle
+        })
+        .await
+    }
+
+    /// Waits until nobody else compiles. What it gives is held meanwhile.
+    async fn turn_to_compile(
+        &self,
+        progress: &Progress,
+    ) -> Result<(tokio::sync::OwnedMutexGuard<()>, FileLock), KernelError> {
+        let turn = Arc::clone(&self.compiling);
+        let turn = match Arc::clone(&turn).try_lock_owned() {
+            Ok(turn) => turn,
+            Err(_) => {
+                progress.message(WAITING);
+                turn.lock_owned().await
+            }
+        };
+        let lock_failed = failed("lock", &self.compile_lock);
+        if let Some(lock) = FileLock::try_exclusive(&self.compile_lock).map_err(&lock_failed)? {
+            return Ok((turn, lock));
+        }
+        progress.message(WAITING);
+        let lock = self
+            .in_background(|store| {
+                FileLock::exclusive(&store.compile_lock).map_err(failed("lock", &store.compile_lock))
+            })
+            .await?;
+        Ok((turn, lock))
     }
 
     /// Adds the user's own kernel, an ELF or a bzImage, and makes it the default.
@@ -433,7 +514,7 @@ impl KernelStore {
         };
         let lock = self.lock(progress).await?;
         let progress = progress.clone();
-        self.in_background(move |store| store.build_locked(&input, &agent, &progress, &lock))
+        self.in_background(move |store| store.build_locked(&input, &agent, true, &progress, &lock))
             .await
     }
 
@@ -480,6 +561,7 @@ impl KernelStore {
         &self,
         input: &BundleInput,
         agent: &Agent,
+        make_default: bool,
         progress: &Progress,
         lock: &FileLock,
     ) -> Result<KernelBundle, KernelError> {
@@ -487,7 +569,9 @@ impl KernelStore {
         let manifest = bundle::build(input, agent, staging.path(), now_ms(), progress)
             .map_err(|source| KernelError::Build { source })?;
         let bundle = self.publish(staging, &manifest, lock)?;
-        self.set_default(&bundle.id)?;
+        if make_default {
+            self.set_default(&bundle.id)?;
+        }
         Ok(bundle)
     }
 
