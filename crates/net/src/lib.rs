@@ -11,5 +11,6 @@ pub mod host_ports;
 pub mod links;
 mod namespace;
 pub mod ports;
+pub mod tap_pool;
 
 pub use namespace::{Namespace, NamespaceError};

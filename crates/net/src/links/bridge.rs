@@ -12,7 +12,7 @@ use offshoot_model::Mac;
 use rtnetlink::{LinkBridge, LinkMessageBuilder, LinkUnspec};
 use rustix::io::Errno;
 
-use super::{Link, LinkError, LinkKind, Links, RequestError, refused};
+use super::{Link, LinkError, LinkKind, Links, RequestError};
 
 /// A bridge as it should be.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,6 +76,11 @@ impl Links {
             ..link
         };
         Ok((link, lacked))
+    }
+
+    /// The bridge, if it is there and ours.
+    pub async fn find_bridge(&self, plan: &BridgePlan) -> Result<Option<Link>, LinkError> {
+        Ok(self.find(&plan.name).await?.filter(|link| plan.is(link)))
     }
 
     /// Removes the bridge unless something is on it; it is no error if it is gone or not ours. Says whether it removed it.
@@ -177,14 +182,5 @@ impl Links {
                 }),
             },
         }
-    }
-
-    async fn change(
-        &self,
-        message: netlink_packet_route::link::LinkMessage,
-        doing: &str,
-    ) -> Result<(), LinkError> {
-        let changed = self.handle().link().change(message).execute().await;
-        changed.map_err(|error| refused(doing, error))
     }
 }

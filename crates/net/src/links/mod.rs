@@ -202,6 +202,11 @@ impl Links {
         }
     }
 
+    async fn change(&self, message: LinkMessage, doing: &str) -> Result<(), LinkError> {
+        let changed = self.handle().link().change(message).execute().await;
+        changed.map_err(|error| refused(doing, error))
+    }
+
     /// Removes an interface; it is no error if it is gone.
     pub async fn remove(&self, link: &Link) -> Result<(), LinkError> {
         match self.handle().link().del(link.index).execute().await {
