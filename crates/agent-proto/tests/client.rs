@@ -77,6 +77,14 @@ impl Agent for Puppet {
         Err(Status::failed_precondition("no disk \x1b[2J"))
     }
 
+    async fn rehearse(&self, _: Request<v1::RehearseRequest>) -> Result<Response<v1::RehearseReply>, Status> {
+        Err(Status::unimplemented("rehearse"))
+    }
+
+    async fn warm(&self, _: Request<v1::WarmRequest>) -> Result<Response<v1::WarmReply>, Status> {
+        Err(Status::unimplemented("warm"))
+    }
+
     async fn start_main(
         &self,
         _: Request<v1::StartMainRequest>,

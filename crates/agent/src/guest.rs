@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   new ── configure ──► VM ── start_main ──► started (running, ended, init) ── shut_down ──► off
-//!    └───── fails ─────► failed
+//!    │     fails ─────► failed
+//!    └── warm ── configure ──► VM
 //! ```
 //!
 //! Each change is made once; asking again gets the first answer. None of them may be given up half-way, so whoever
@@ -17,7 +18,7 @@ use offshoot_agent_proto::v1;
 use tokio::sync::mpsc;
 use tonic::Status;
 
-use crate::configure::{self, Configured, Disk};
+use crate::configure::{self, Configured, Disk, Warmed};
 use crate::count::{Count, Kind};
 use crate::output_log::OutputLog;
 use crate::pid1::Pid1;
@@ -30,6 +31,8 @@ use crate::{log, process, shutdown, ssh};
 /// How the guest was configured.
 enum Setup {
     New,
+    /// Its disks are mounted, and it is nobody yet.
+    Warm(Warmed),
     Done {
         vm_id: String,
         reply: v1::ConfigureReply,
@@ -143,6 +146,46 @@ impl Guest {
         result.map_err(|error| Status::internal(format!("cannot enter the VM's namespace: {error}")))
     }
 
+    /// Does what every VM of its kind does first.
+    pub(crate) async fn rehearse(&self, request: v1::RehearseRequest) -> Result<v1::RehearseReply, Status> {
+        let setup = self.setup.lock().await;
+        if !matches!(*setup, Setup::New) {
+            return Err(Status::failed_precondition("the guest is a VM already"));
+        }
+        let rehearsed = tokio::task::spawn_blocking(move || configure::rehearse(&request)).await;
+        rehearsed
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| Status::failed_precondition(error.to_string()))?;
+        Ok(v1::RehearseReply {})
+    }
+
+    /// Mounts what the VM needs that this guest will be.
+    pub(crate) async fn warm(&self, like: v1::ConfigureRequest) -> Result<v1::WarmReply, Status> {
+        let mut setup = self.setup.lock().await;
+        if !matches!(*setup, Setup::New) {
+            return Err(Status::failed_precondition("the guest is warm or a VM already"));
+        }
+        let plan = configure::plan(like).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let warmed = tokio::task::spawn_blocking(move || configure::warm(plan)).await;
+        let warmed = warmed
+            .map_err(|error| error.to_string())
+            .and_then(|result| result.map_err(|error| error.to_string()));
+        match warmed {
+            Ok(warmed) => {
+                let workload = Some(Arc::clone(&warmed.workload));
+                *self.workload.lock().unwrap_or_else(PoisonError::into_inner) = workload;
+                *setup = Setup::Warm(warmed);
+                Ok(v1::WarmReply {})
+            }
+            Err(message) => {
+                log::warning(&message);
+                let status = Status::failed_precondition(message);
+                *setup = Setup::Failed(status.clone());
+                Err(status)
+            }
+        }
+    }
+
     /// Makes the guest a VM.
     pub(crate) async fn configure(
         &self,
@@ -157,24 +200,36 @@ impl Guest {
                 )));
             }
             Setup::Failed(status) => return Err(status.clone()),
-            Setup::New => {}
+            Setup::New | Setup::Warm(_) => {}
         }
         let vm_id = request.vm_id.clone();
         let ssh_plan = request.ssh.as_ref().map(ssh::plan).transpose();
         let ssh_plan = ssh_plan.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let plan = configure::plan(request).map_err(|error| Status::invalid_argument(error.to_string()))?;
-        let applied = tokio::task::spawn_blocking(move || configure::apply(&plan)).await;
-        let applied = applied
-            .map_err(|error| error.to_string())
-            .and_then(|result| result.map_err(|e| e.to_string()));
+        let applied = match &*setup {
+            Setup::Warm(warmed) => {
+                let stages = configure::apply_to(warmed, plan).await;
+                stages
+                    .map(|stages| (Arc::clone(&warmed.workload), warmed.disks.clone(), stages))
+                    .map_err(|error| error.to_string())
+            }
+            _ => {
+                let applied = tokio::task::spawn_blocking(move || configure::apply(&plan)).await;
+                let applied = applied
+                    .map_err(|error| error.to_string())
+                    .and_then(|result| result.map_err(|error| error.to_string()));
+                applied.map(
+                    |Configured {
+                         workload,
+                         disks,
+                         stages,
+                     }| (Arc::new(workload), disks, stages),
+                )
+            }
+        };
         match applied {
-            Ok(Configured {
-                workload,
-                disks,
-                stages,
-            }) => {
+            Ok((workload, disks, stages)) => {
                 let reply = v1::ConfigureReply { stages };
-                let workload = Arc::new(workload);
                 if let Some(plan) = ssh_plan {
                     let server = ssh::Server::new(plan, Arc::clone(&workload), Arc::clone(&self.count));
                     if !server.plan().yield_to_sshd {
@@ -365,6 +420,7 @@ impl Guest {
         drop(workload);
         let disks = match &*self.setup.lock().await {
             Setup::Done { disks, .. } => disks.clone(),
+            Setup::Warm(warmed) => warmed.disks.clone(),
             Setup::New | Setup::Failed(_) => Vec::new(),
         };
         let released = tokio::task::spawn_blocking(move || shutdown::release(way, &disks)).await;

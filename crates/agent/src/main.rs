@@ -21,6 +21,7 @@
 
 mod boot;
 mod channel;
+mod command_line;
 mod configure;
 mod count;
 mod fd;

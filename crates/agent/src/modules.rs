@@ -2,7 +2,8 @@
 //!
 //! ```text
 //!   /modules/order           every boot: one module file a line, in load order
-//!   /modules/order.<group>   only where a virtio device of that kind is present: pmem virtiofs vsock
+//!   /modules/order.mmio      only where virtio devices are on MMIO, before they are looked for
+//!   /modules/order.<group>   only where a virtio device of that kind is present: balloon pmem virtiofs vsock
 //!   /modules/order.net       when the guest is configured: nobody waits for it at boot
 //! ```
 
@@ -11,7 +12,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use crate::log;
+use crate::{command_line, log};
 
 /// Where a kernel bundle's initramfs has its modules.
 pub(crate) const FOLDER: &str = "/modules";
@@ -20,7 +21,15 @@ pub(crate) const FOLDER: &str = "/modules";
 pub(crate) const VIRTIO_DEVICES: &str = "/sys/bus/virtio/devices";
 
 /// Groups of modules and the virtio device id each is for (VIRTIO 1.3, section 5).
-const GROUPS: [(&str, u32); 3] = [("vsock", 19), ("virtiofs", 26), ("pmem", 27)];
+const GROUPS: [(&str, u32); 4] = [("balloon", 5), ("vsock", 19), ("virtiofs", 26), ("pmem", 27)];
+
+/// The group of virtio devices on MMIO.
+const MMIO: &str = "mmio";
+/// Where ACPI tells of devices, and what those on MMIO are called there (`drivers/virtio/virtio_mmio.c`).
+const ACPI_DEVICES: &str = "/sys/bus/acpi/devices";
+const ACPI_MMIO: &str = "LNRO0005:";
+/// How the command line tells of one.
+const MMIO_PARAMETER: &str = "virtio_mmio.device=";
 
 /// The group of network devices.
 pub(crate) const NET: &str = "net";
@@ -49,12 +58,23 @@ fn parse_id(text: &str) -> Option<u32> {
 /// is logged; whatever needs it says so later.
 pub(crate) fn load(folder: &Path, devices: &Path) {
     load_list(&folder.join("order"));
+    if has_mmio(Path::new(ACPI_DEVICES)) || command_line::has_prefix(MMIO_PARAMETER) {
+        load_group(folder, MMIO);
+    }
     let devices = virtio_devices(devices);
     for (group, id) in GROUPS {
         if devices.contains(&id) {
             load_group(folder, group);
         }
     }
+}
+
+/// Whether ACPI tells of virtio devices on MMIO.
+fn has_mmio(devices: &Path) -> bool {
+    let entries = fs::read_dir(devices).into_iter().flatten().flatten();
+    entries
+        .map(|entry| entry.file_name())
+        .any(|name| name.to_string_lossy().starts_with(ACPI_MMIO))
 }
 
 /// Loads the modules of one group. Blocks until the kernel has them.
@@ -90,6 +110,16 @@ fn load_module(path: &Path) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn acpi_tells_of_mmio() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir(folder.path().join("PNP0C0C:00")).unwrap();
+        assert!(!has_mmio(folder.path()));
+        fs::create_dir(folder.path().join("LNRO0005:00")).unwrap();
+        assert!(has_mmio(folder.path()));
+        assert!(!has_mmio(&folder.path().join("missing")));
+    }
 
     #[test]
     fn devices_are_read_as_the_kernel_writes_them() {

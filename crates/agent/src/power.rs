@@ -4,16 +4,16 @@ use std::path::Path;
 
 use rustix::system::{RebootCommand, reboot};
 
-use crate::log;
+use crate::{command_line, log};
 
 /// Switches the machine off; everything worth keeping is on disk before.
 ///
-/// Without ACPI the kernel knows no way to switch off and would halt with the VMM still running. Every VMM of ours is
-/// told to end when its guest resets, so a reset is the end there.
+/// Without ACPI, and on Firecracker with it, the kernel knows no way to switch off and would halt with the VMM still
+/// running. Every VMM of ours is told to end when its guest resets, so a reset is the end there.
 pub(crate) fn off() -> ! {
     rustix::fs::sync();
     let has_acpi = Path::new("/sys/firmware/acpi/tables").exists();
-    let command = if has_acpi {
+    let command = if has_acpi && !command_line::has(command_line::OFF_BY_RESET) {
         RebootCommand::PowerOff
     } else {
         RebootCommand::Restart

@@ -108,12 +108,32 @@ impl Agent for Service {
             .map(Response::new)
     }
 
+    async fn rehearse(
+        &self,
+        request: Request<v1::RehearseRequest>,
+    ) -> Result<Response<v1::RehearseReply>, Status> {
+        let guest = Arc::clone(&self.guest);
+        to_the_end(async move { guest.rehearse(request.into_inner()).await })
+            .await
+            .map(Response::new)
+    }
+
+    async fn warm(&self, request: Request<v1::WarmRequest>) -> Result<Response<v1::WarmReply>, Status> {
+        let like = request.into_inner().like;
+        let like = like.ok_or_else(|| Status::invalid_argument("no VM to be like"))?;
+        let guest = Arc::clone(&self.guest);
+        to_the_end(async move { guest.warm(like).await })
+            .await
+            .map(Response::new)
+    }
+
     async fn start_main(
         &self,
         request: Request<v1::StartMainRequest>,
     ) -> Result<Response<v1::StartMainReply>, Status> {
+        let request = request.into_inner();
+        crate::configure::set_clock_again(Duration::from_nanos(request.realtime_ns));
         let what = request
-            .into_inner()
             .what
             .ok_or_else(|| Status::invalid_argument("nothing to start"))?;
         let guest = Arc::clone(&self.guest);

@@ -11,10 +11,11 @@ mod copy;
 mod error;
 mod process;
 mod ssh;
+mod vsock;
 
 use std::io;
 use std::path::Path;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -129,6 +130,26 @@ impl AgentClient {
         Self::connect(link).await
     }
 
+    /// Connects to an agent that listens on a vsock port of its guest, which the VMM offers as the Unix socket `path`
+    /// (`CONNECT port`). Waits for a guest that is still booting. `maker`, where it is known, is the process that must
+    /// have made the socket. Dropping the future is safe.
+    ///
+    /// # Errors
+    /// When the socket cannot be opened, or is another process's.
+    pub async fn connect_hybrid_vsock(
+        path: &Path,
+        port: u32,
+        maker: Option<u32>,
+    ) -> Result<Self, ConnectError> {
+        let stream = vsock::connect(path, port, maker)
+            .await
+            .map_err(|source| ConnectError::Socket {
+                path: path.to_owned(),
+                source,
+            })?;
+        Self::connect(stream).await
+    }
+
     /// Who is there.
     ///
     /// # Errors
@@ -177,6 +198,27 @@ impl AgentClient {
             .collect())
     }
 
+    /// Makes a guest that is no VM yet do what every VM of its kind does first, before it is saved.
+    ///
+    /// # Errors
+    /// `Refused` when it is a VM already, or a device is missing.
+    pub async fn rehearse(&self, request: v1::RehearseRequest) -> Result<(), CallError> {
+        let mut stub = self.stub.clone();
+        in_time("rehearse", stub.rehearse(request)).await.map(drop)
+    }
+
+    /// Makes a guest ready to become a VM with these root and disks; what else the request says is not looked at. Then
+    /// [`exec`](Self::exec) works.
+    ///
+    /// # Errors
+    /// `Refused` when it is a VM already, or a disk is missing or cannot be mounted; then the guest is of no use.
+    pub async fn warm(&self, like: v1::ConfigureRequest) -> Result<(), CallError> {
+        let mut stub = self.stub.clone();
+        in_time("warm", stub.warm(v1::WarmRequest { like: Some(like) }))
+            .await
+            .map(drop)
+    }
+
     /// Starts the main process or the image's init, once per boot; a second call answers like the first.
     ///
     /// # Errors
@@ -184,7 +226,11 @@ impl AgentClient {
     /// call: see [`MainStart::Refused`].
     pub async fn start_main(&self, what: v1::start_main_request::What) -> Result<MainStart, CallError> {
         const CALL: &str = "start_main";
-        let request = v1::StartMainRequest { what: Some(what) };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = v1::StartMainRequest {
+            what: Some(what),
+            realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
+        };
         let reply = self
             .stub
             .clone()

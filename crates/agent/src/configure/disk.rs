@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use super::ConfigureError;
-use crate::log;
+use crate::{command_line, log};
 
 /// How long a device may take to appear: the drivers are loaded, but probe in their own time.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -57,11 +57,39 @@ pub(super) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Re
     }
 }
 
-/// The device of the virtio disk with a serial.
+/// The device of the virtio disk with a serial. Where the VMM has told the serials in their order, that counts.
 pub(super) fn find(serial: &str) -> Result<PathBuf, ConfigureError> {
+    let (block, told) = (Path::new("/sys/block"), command_line::list(command_line::DISKS));
     wait_for(&format!("the disk `{serial}`"), || {
-        find_in(Path::new("/sys/block"), serial).filter(|device| opens(device))
+        let found = if told.is_empty() {
+            find_in(block, serial)
+        } else {
+            find_by_order(block, &told, serial)
+        };
+        found.filter(|device| opens(device))
     })
+}
+
+/// The disk at the place that its serial has in `told`, once all of them are there. Virtio devices are numbered in the order
+/// in which the machine has them.
+fn find_by_order(block: &Path, told: &[String], serial: &str) -> Option<PathBuf> {
+    let place = told.iter().position(|other| other == serial)?;
+    let entries = fs::read_dir(block).ok()?.flatten();
+    let mut disks: Vec<(u32, std::ffi::OsString)> = entries
+        .filter_map(|entry| {
+            let device = fs::read_link(entry.path().join("device")).ok()?;
+            let number = device
+                .file_name()?
+                .to_str()?
+                .strip_prefix("virtio")?
+                .parse()
+                .ok()?;
+            Some((number, entry.file_name()))
+        })
+        .collect();
+    disks.sort();
+    let (_, name) = disks.get(place).filter(|_| disks.len() == told.len())?;
+    Some(Path::new("/dev").join(name))
 }
 
 /// Whether a block device can be opened. Its names appear a moment before it can, and until then it is `ENXIO`.
@@ -118,11 +146,15 @@ pub(super) fn mount_ext4(device: &Path, target: &str) -> Result<(), ConfigureErr
             source: error.into(),
         }
     })?;
-    // A disk that stays small is still a disk.
+    ensure_grown(device, target);
+    Ok(())
+}
+
+/// Grows a mounted ext4 when its device is larger. A disk that stays small is still a disk.
+pub(super) fn ensure_grown(device: &Path, target: &str) {
     if let Err(error) = grow(device, target) {
         log::warning(format_args!("cannot grow {}: {error}", device.display()));
     }
-    Ok(())
 }
 
 fn grow(device: &Path, target: &str) -> io::Result<()> {
@@ -196,6 +228,33 @@ mod tests {
             Some("/dev/vdb".into())
         );
         assert_eq!(find_in(block.path(), "overlay"), None);
+    }
+
+    #[test]
+    fn disks_without_serials_are_found_by_their_order() {
+        let block = tempfile::tempdir().unwrap();
+        let add = |name: &str, device: &str| {
+            fs::create_dir(block.path().join(name)).unwrap();
+            std::os::unix::fs::symlink(device, block.path().join(name).join("device")).unwrap();
+        };
+        let told = ["root", "overlay"].map(str::to_owned);
+        add("pmem0", "../../../region0/namespace0.0");
+        add("vdb", "../../../virtio10");
+        assert_eq!(
+            find_by_order(block.path(), &told, "root"),
+            None,
+            "one is not there yet"
+        );
+        add("vda", "../../../virtio9");
+        assert_eq!(
+            find_by_order(block.path(), &told, "root"),
+            Some("/dev/vda".into())
+        );
+        assert_eq!(
+            find_by_order(block.path(), &told, "overlay"),
+            Some("/dev/vdb".into())
+        );
+        assert_eq!(find_by_order(block.path(), &told, "work"), None);
     }
 
     #[test]

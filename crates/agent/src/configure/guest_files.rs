@@ -1,11 +1,12 @@
-//! What is prepared inside the VM's own namespace: kernel file systems, devices, work disk and shares; and `names`.
+//! What is prepared inside the VM's own namespace: kernel file systems, devices and the work disk, which are those of any VM;
+//! then what makes it this one: `names`, ids and shares.
 //!
 //! Everything here runs with the guest's root, so the image's symlinks lead where the image meant.
 
 use std::fs;
 use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use offshoot_agent_proto::v1;
 use rustix::mount::{MountFlags, mount};
@@ -14,9 +15,13 @@ use super::names::{self, Names};
 use super::{ConfigureError, Stages, disk};
 use crate::log;
 
-pub(super) struct GuestPlan {
+/// What makes a guest this VM and no other.
+pub(super) struct OwnPlan {
     pub(super) names: Names,
-    pub(super) work: Option<PathBuf>,
+    /// For machine-id(5); empty leaves what the image has.
+    pub(super) machine_id: String,
+    /// The kernel's is that of all guests that go on from the same saved one.
+    pub(super) new_boot_id: bool,
     pub(super) mounts: Vec<v1::SharedMount>,
 }
 
@@ -84,9 +89,8 @@ const DEV_LINKS: [(&str, &str); 4] = [
     ("/proc/self/fd/2", "/dev/stderr"),
 ];
 
-/// Prepares the guest's tree; returns the timed steps.
-pub(super) fn prepare(plan: &GuestPlan) -> Result<Vec<v1::GuestStage>, ConfigureError> {
-    let mut stages = Stages::new();
+/// Prepares the guest's tree, with the work disk's device at `/root`.
+pub(super) fn prepare(work: Option<&Path>, stages: &mut Stages) -> Result<(), ConfigureError> {
     for wanted in &KERNEL_MOUNTS {
         match kernel_file_system(wanted) {
             Err(error) if !wanted.required => log::info(error),
@@ -105,21 +109,44 @@ pub(super) fn prepare(plan: &GuestPlan) -> Result<Vec<v1::GuestStage>, Configure
     let lock = fs::create_dir("/run/lock")
         .and_then(|()| fs::set_permissions("/run/lock", fs::Permissions::from_mode(0o1777)));
     lock.map_err(ConfigureError::step("make /run/lock"))?;
-    ensure_folder(Path::new("/etc"))
-        .and_then(|()| names::write(Path::new("/"), &plan.names))
-        .map_err(ConfigureError::step("write the guest's names below /etc"))?;
     stages.end("guest-files");
-    if let Some(device) = &plan.work {
+    if let Some(device) = work {
         disk::mount_ext4(device, "/root")?;
         stages.end("work-disk");
     }
+    Ok(())
+}
+
+/// Makes the tree this VM's.
+pub(super) fn make_own(plan: &OwnPlan, stages: &mut Stages) -> Result<(), ConfigureError> {
+    ensure_folder(Path::new("/etc"))
+        .and_then(|()| names::write(Path::new("/"), &plan.names))
+        .and_then(|()| names::write_machine_id(Path::new("/"), &plan.machine_id))
+        .map_err(ConfigureError::step("write the guest's names below /etc"))?;
+    if plan.new_boot_id {
+        cover_boot_id().map_err(ConfigureError::step("give the guest a boot id of its own"))?;
+    }
+    stages.end("own-files");
     for share in &plan.mounts {
         mount_share(share)?;
     }
     if !plan.mounts.is_empty() {
         stages.end("shares");
     }
-    Ok(stages.done)
+    Ok(())
+}
+
+/// Puts a boot id of its own over the kernel's, which cannot be changed.
+fn cover_boot_id() -> io::Result<()> {
+    const KERNELS: &str = "/proc/sys/kernel/random/boot_id";
+    const OURS: &str = "/run/.boot_id";
+    // A UUID of random bytes, as the kernel's own is one. The entropy was renewed before.
+    let id = fs::read_to_string("/proc/sys/kernel/random/uuid")?;
+    fs::write(OURS, id)?;
+    fs::set_permissions(OURS, fs::Permissions::from_mode(0o444))?;
+    rustix::mount::mount_bind(OURS, KERNELS)?;
+    // The mount keeps the file.
+    fs::remove_file(OURS)
 }
 
 fn kernel_file_system(wanted: &KernelMount) -> Result<(), ConfigureError> {

@@ -32,11 +32,22 @@ struct RandPoolInfo {
     buf: [u8; MAX_ENTROPY],
 }
 
-pub(super) fn set_up(hostname: &str, realtime: Duration, entropy: &[u8]) -> Result<(), ConfigureError> {
+/// What comes before everything else: the time, and random bytes. Those of a guest that was restored would be those of all
+/// its kind.
+pub(super) fn begin(realtime: Duration, entropy: &[u8]) -> Result<(), ConfigureError> {
     set_clock(realtime).map_err(ConfigureError::step("set the clock"))?;
-    credit_entropy(entropy).map_err(ConfigureError::step("credit entropy"))?;
+    credit_entropy(entropy).map_err(ConfigureError::step("credit entropy"))
+}
+
+pub(super) fn set_up(hostname: &str, realtime: Duration, entropy: &[u8]) -> Result<(), ConfigureError> {
+    begin(realtime, entropy)?;
     rustix::system::sethostname(hostname.as_bytes())
         .map_err(|error| ConfigureError::step("set the host name")(error.into()))?;
+    Ok(())
+}
+
+/// What is the same in every guest: loopback, and what the network lets everybody do.
+pub(super) fn open_to_everybody() {
     if let Err(error) = loopback_up() {
         log::warning(format_args!("cannot bring the loopback interface up: {error}"));
     }
@@ -45,10 +56,23 @@ pub(super) fn set_up(hostname: &str, realtime: Duration, entropy: &[u8]) -> Resu
             log::warning(format_args!("cannot write {path}: {error}"));
         }
     }
-    Ok(())
 }
 
-fn set_clock(realtime: Duration) -> io::Result<()> {
+/// What the kernel takes its ticks from.
+const TICKS: &str = "/sys/devices/system/clockevents/clockevent0/current_device";
+
+/// Refuses the interval timer, which a kernel takes when it got no processor while it measured the local APIC's: emulated,
+/// it stops for good in some guests.
+pub(super) fn check_timer() -> Result<(), ConfigureError> {
+    let device = fs::read_to_string(TICKS).map_err(ConfigureError::step(format!("read {TICKS}")))?;
+    match device.trim() {
+        "pit" => Err(ConfigureError::Timer { device: "pit".into() }),
+        _ => Ok(()),
+    }
+}
+
+/// Sets the clock; nothing where the host did not say.
+pub(super) fn set_clock(realtime: Duration) -> io::Result<()> {
     // Zero is "the host did not say"; no clock of ours is at the epoch.
     let Ok(seconds @ 1..) = libc::time_t::try_from(realtime.as_secs()) else {
         return Ok(());

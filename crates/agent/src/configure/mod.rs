@@ -19,6 +19,7 @@ mod root;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 pub(crate) use disk::Disk;
@@ -63,6 +64,12 @@ pub(crate) enum ConfigureError {
         #[source]
         source: io::Error,
     },
+    /// Its timer is one that stops for good now and then.
+    #[error("the guest's timer is `{device}`: it took the processor's own for broken")]
+    Timer {
+        /// What the kernel calls it.
+        device: String,
+    },
     /// The thread of the namespace failed.
     #[error("cannot make the VM's namespace: {0}")]
     Namespace(#[from] io::Error),
@@ -102,6 +109,9 @@ pub(crate) struct ConfigurePlan {
     work_serial: Option<String>,
     mounts: Vec<v1::SharedMount>,
     network: Option<network::NetworkPlan>,
+    machine_id: String,
+    /// It goes on from where another was saved.
+    restored: bool,
 }
 
 /// The longest host name that Linux takes.
@@ -155,7 +165,16 @@ pub(crate) fn plan(request: v1::ConfigureRequest) -> Result<ConfigurePlan, Confi
         }
     }
     let network = request.network.as_ref().map(network::plan).transpose();
-    let network = network.map_err(|what| ConfigureError::Request { what })?;
+    let mut network = network.map_err(|what| ConfigureError::Request { what })?;
+    if let (Some(network), Some(restored)) = (&mut network, &request.restored) {
+        network.mac_before = restored.mac.parse().map_err(|error| ConfigureError::Request {
+            what: format!("the network's saved device: {error}"),
+        })?;
+    }
+    let hex = |c: char| matches!(c, '0'..='9' | 'a'..='f');
+    if !matches!(request.machine_id.len(), 0 | 32) || !request.machine_id.chars().all(hex) {
+        return refuse("a machine id has 32 lower-case hex digits");
+    }
     Ok(ConfigurePlan {
         hostname: request.hostname,
         realtime: Duration::from_nanos(request.realtime_ns),
@@ -164,6 +183,8 @@ pub(crate) fn plan(request: v1::ConfigureRequest) -> Result<ConfigurePlan, Confi
         work_serial: Some(request.work_serial).filter(|serial| !serial.is_empty()),
         mounts: request.mounts,
         network,
+        machine_id: request.machine_id,
+        restored: request.restored.is_some(),
     })
 }
 
@@ -203,6 +224,37 @@ impl Stages {
     }
 }
 
+/// Does what every VM of this kind does before it is one. What it did, `apply` finds done. Blocks.
+pub(crate) fn rehearse(request: &v1::RehearseRequest) -> Result<(), ConfigureError> {
+    use v1::rehearse_request::Root;
+    machine::check_timer()?;
+    let lower = match &request.root {
+        Some(Root::RootBlockSerial(serial)) => Some(Lower::Block {
+            serial: serial.clone(),
+        }),
+        Some(Root::RootPmemIndex(index)) => Some(Lower::Pmem { index: *index }),
+        None => None,
+    };
+    if let Some(lower) = lower {
+        root::mount_lower(&lower)?;
+    }
+    machine::open_to_everybody();
+    if request.network {
+        network::rehearse()?;
+    }
+    if matches!(request.root, Some(Root::RootBlockSerial(_))) {
+        root::read_ahead();
+    }
+    Ok(())
+}
+
+/// Sets the clock of a VM that is configured, where the host says what it is.
+pub(crate) fn set_clock_again(realtime: Duration) {
+    if let Err(error) = machine::set_clock(realtime) {
+        crate::log::warning(format_args!("cannot set the clock: {error}"));
+    }
+}
+
 /// Does what was decided, the network last. Blocks.
 pub(crate) fn apply(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> {
     let mut configured = apply_rest(plan)?;
@@ -215,15 +267,45 @@ pub(crate) fn apply(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> 
 fn apply_rest(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> {
     let mut stages = Stages::new();
     machine::set_up(&plan.hostname, plan.realtime, &plan.entropy)?;
+    if !plan.restored {
+        machine::open_to_everybody();
+    }
     stages.end("machine");
-    let mut disks = root::mount_root(&plan.root, &mut stages)?;
-    let work = plan.work_serial.as_deref().map(disk::find).transpose()?;
-    let guest = guest_files::GuestPlan {
+    let own = own_plan(plan);
+    let (workload, disks) = mount_all(plan, &mut stages, move |stages| {
+        guest_files::make_own(&own, stages)
+    })?;
+    Ok(Configured {
+        workload,
+        disks,
+        stages: stages.done,
+    })
+}
+
+fn own_plan(plan: &ConfigurePlan) -> guest_files::OwnPlan {
+    guest_files::OwnPlan {
         names: names::Names::new(&plan.hostname, plan.network.as_ref()),
-        work: work.clone(),
+        machine_id: plan.machine_id.clone(),
+        new_boot_id: plan.restored,
         mounts: plan.mounts.clone(),
-    };
-    let (workload, guest_stages) = Workload::create(root::SYSROOT, move || guest_files::prepare(&guest))?;
+    }
+}
+
+/// Mounts root and disks, makes the namespace with the tree, and lets `own` work in it; gives the disks that are written to.
+fn mount_all(
+    plan: &ConfigurePlan,
+    stages: &mut Stages,
+    own: impl FnOnce(&mut Stages) -> Result<(), ConfigureError> + Send + 'static,
+) -> Result<(Workload, Vec<Disk>), ConfigureError> {
+    let mut disks = root::mount_root(&plan.root, stages)?;
+    let work = plan.work_serial.as_deref().map(disk::find).transpose()?;
+    let device = work.clone();
+    let (workload, guest_stages) = Workload::create(root::SYSROOT, move || {
+        let mut stages = Stages::new();
+        guest_files::prepare(device.as_deref(), &mut stages)?;
+        own(&mut stages)?;
+        Ok::<_, ConfigureError>(stages.done)
+    })?;
     stages.done.extend(guest_stages);
     stages.last = Instant::now();
     // The guest's namespace holds it; here it would only be in the way at the end.
@@ -234,11 +316,68 @@ fn apply_rest(plan: &ConfigurePlan) -> Result<Configured, ConfigureError> {
         mounted_on: None,
     }));
     stages.end("namespace");
-    Ok(Configured {
-        workload,
+    Ok((workload, disks))
+}
+
+/// A guest that is about to be a VM: its disks are mounted, and nothing says yet who it is.
+#[derive(Debug)]
+pub(crate) struct Warmed {
+    /// What the VM's processes will see.
+    pub(crate) workload: Arc<Workload>,
+    /// Disks that are written to.
+    pub(crate) disks: Vec<Disk>,
+    root: RootPlan,
+    work_serial: Option<String>,
+}
+
+/// Mounts what a VM like this one needs. Blocks.
+pub(crate) fn warm(plan: ConfigurePlan) -> Result<Warmed, ConfigureError> {
+    machine::begin(plan.realtime, &plan.entropy)?;
+    let (workload, disks) = mount_all(&plan, &mut Stages::new(), |_| Ok(()))?;
+    Ok(Warmed {
+        workload: Arc::new(workload),
         disks,
-        stages: stages.done,
+        root: plan.root,
+        work_serial: plan.work_serial,
     })
+}
+
+/// Does the rest of what was decided in a guest that is warm; gives the timed steps.
+pub(crate) async fn apply_to(
+    warmed: &Warmed,
+    plan: ConfigurePlan,
+) -> Result<Vec<v1::GuestStage>, ConfigureError> {
+    if (&plan.root, &plan.work_serial) != (&warmed.root, &warmed.work_serial) {
+        return Err(ConfigureError::Request {
+            what: "the guest is warm for a VM with other disks".into(),
+        });
+    }
+    let mut stages = Stages::new();
+    machine::set_up(&plan.hostname, plan.realtime, &plan.entropy)?;
+    stages.end("machine");
+    let mut work = None;
+    for disk in &warmed.disks {
+        match disk.mounted_on {
+            Some(target) => disk::ensure_grown(&disk.device, target),
+            None => work = Some(disk.device.clone()),
+        }
+    }
+    let own = own_plan(&plan);
+    let in_guest = warmed.workload.run(move || {
+        let mut stages = Stages::new();
+        if let Some(device) = work {
+            disk::ensure_grown(&device, "/root");
+        }
+        guest_files::make_own(&own, &mut stages)?;
+        Ok::<_, ConfigureError>(stages.done)
+    });
+    stages.done.extend(in_guest.await??);
+    if let Some(network) = plan.network {
+        let set_up = tokio::task::spawn_blocking(move || network::set_up(&network));
+        let set_up = set_up.await.map_err(io::Error::other)?;
+        stages.done.extend(set_up?);
+    }
+    Ok(stages.done)
 }
 
 /// Where a device of a name is expected to show up.

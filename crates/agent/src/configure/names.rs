@@ -71,6 +71,14 @@ pub(super) fn write(root: &Path, names: &Names) -> io::Result<()> {
     Ok(())
 }
 
+/// Writes machine-id(5) below a root that has an `/etc`; nothing when there is none to write.
+pub(super) fn write_machine_id(root: &Path, id: &str) -> io::Result<()> {
+    if id.is_empty() {
+        return Ok(());
+    }
+    write_through(&root.join("etc/machine-id"), &format!("{id}\n"))
+}
+
 /// A file's text, when it is a plain file of a sensible size.
 fn read(path: &Path) -> Option<String> {
     let file = OpenOptions::new()

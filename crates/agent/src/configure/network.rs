@@ -57,6 +57,8 @@ const MAX_LABEL: usize = 63;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct NetworkPlan {
     mac: Mac,
+    /// What the device's address is until it is set up: another one in a guest that was restored.
+    pub(super) mac_before: Mac,
     /// Its addresses with their networks' prefixes.
     pub(super) addresses: Vec<IpNet>,
     gateways: Vec<IpAddr>,
@@ -105,6 +107,7 @@ pub(super) fn plan(request: &v1::NetworkInterface) -> Result<NetworkPlan, String
     }
     Ok(NetworkPlan {
         mac,
+        mac_before: mac,
         addresses,
         gateways,
         nameservers,
@@ -147,17 +150,17 @@ fn is_domain(text: &str) -> bool {
 /// Gives the device what was decided; returns the timed steps. Blocks.
 pub(super) fn set_up(plan: &NetworkPlan) -> Result<Vec<v1::GuestStage>, ConfigureError> {
     let mut stages = Stages::new();
-    modules::load_group(Path::new(modules::FOLDER), modules::NET);
-    let index = disk::wait_for(&format!("the network device {}", plan.mac), || {
-        find_in(Path::new(DEVICES), plan.mac)
-    })?;
+    let look = || find_in(Path::new(DEVICES), plan.mac_before);
+    let index = match look() {
+        // A rehearsal loaded its driver.
+        Some(index) => index,
+        None => {
+            modules::load_group(Path::new(modules::FOLDER), modules::NET);
+            disk::wait_for(&format!("the network device {}", plan.mac_before), look)?
+        }
+    };
     stages.end("network-device");
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_io()
-        .enable_time()
-        .build()
-        .map_err(ConfigureError::step("talk to the kernel about the network"))?;
-    runtime.block_on(async {
+    runtime()?.block_on(async {
         let (connection, handle, _) = rtnetlink::new_connection()
             .map_err(ConfigureError::step("talk to the kernel about the network"))?;
         tokio::spawn(connection);
@@ -168,6 +171,52 @@ pub(super) fn set_up(plan: &NetworkPlan) -> Result<Vec<v1::GuestStage>, Configur
         Ok::<(), ConfigureError>(())
     })?;
     Ok(stages.done)
+}
+
+/// Loads the driver and waits for the device, so that who is set up later need not.
+pub(super) fn rehearse() -> Result<(), ConfigureError> {
+    modules::load_group(Path::new(modules::FOLDER), modules::NET);
+    let there = || {
+        let entries = fs::read_dir(DEVICES).ok()?;
+        let mut others = entries.flatten().filter(|entry| entry.file_name() != "lo");
+        let index = fs::read_to_string(others.next()?.path().join("ifindex")).ok()?;
+        index.trim_end().parse().ok()
+    };
+    let index = disk::wait_for("the network device", there)?;
+    runtime()?.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(ConfigureError::step("talk to the kernel about the network"))?;
+        tokio::spawn(connection);
+        name_it(&handle, index).await
+    })
+}
+
+fn runtime() -> Result<tokio::runtime::Runtime, ConfigureError> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .enable_time()
+        .build()
+        .map_err(ConfigureError::step("talk to the kernel about the network"))
+}
+
+/// Names the device, and keeps it from doing anything by itself.
+async fn name_it(handle: &Handle, index: u32) -> Result<(), ConfigureError> {
+    for name in [DEVICE_BEFORE, DEVICE] {
+        let link = LinkUnspec::new_with_index(index).name(name).build();
+        let renamed = handle.link().set(link).execute().await;
+        step(renamed, || format!("name the network device {name}"))?;
+    }
+    if has_ipv6() {
+        for name in IPV6_OFF {
+            let path = format!("{IPV6}/{DEVICE}/{name}");
+            fs::write(&path, "0").map_err(ConfigureError::step(format!("write {path}")))?;
+        }
+    }
+    Ok(())
+}
+
+fn has_ipv6() -> bool {
+    fs::exists(IPV6).unwrap_or(false)
 }
 
 /// The index of the device with a MAC address.
@@ -184,18 +233,19 @@ fn find_in(devices: &Path, mac: Mac) -> Option<u32> {
 }
 
 async fn configure(plan: &NetworkPlan, handle: &Handle, index: u32) -> Result<(), ConfigureError> {
-    for name in [DEVICE_BEFORE, DEVICE] {
-        let link = LinkUnspec::new_with_index(index).name(name).build();
-        let renamed = handle.link().set(link).execute().await;
-        step(renamed, || format!("name the network device {name}"))?;
-    }
-    let has_ipv6 = fs::exists(IPV6).unwrap_or(false);
-    if has_ipv6 {
-        for name in IPV6_OFF {
-            let path = format!("{IPV6}/{DEVICE}/{name}");
-            fs::write(&path, "0").map_err(ConfigureError::step(format!("write {path}")))?;
-        }
+    if plan.mac != plan.mac_before {
+        let link = LinkUnspec::new_with_index(index)
+            .address(plan.mac.0.to_vec())
+            .build();
+        step(handle.link().set(link).execute().await, || {
+            format!("give the network device the address {}", plan.mac)
+        })?;
     } else {
+        // A rehearsal did.
+        name_it(handle, index).await?;
+    }
+    let has_ipv6 = has_ipv6();
+    if !has_ipv6 {
         log::warning("the kernel has no IPv6; the VM has its IPv4 address alone");
     }
     let possible = |address: IpAddr| address.is_ipv4() || has_ipv6;

@@ -67,8 +67,12 @@ pub(super) fn mount_root(plan: &RootPlan, stages: &mut Stages) -> Result<Vec<Dis
     }
 }
 
-fn mount_lower(lower: &Lower) -> Result<(), ConfigureError> {
+/// Mounts the image, unless a rehearsal did.
+pub(super) fn mount_lower(lower: &Lower) -> Result<(), ConfigureError> {
     fs::create_dir_all(LOWER).map_err(ConfigureError::step("make /lower"))?;
+    if is_mounted(LOWER).map_err(ConfigureError::step("look at /lower"))? {
+        return Ok(());
+    }
     let (source, kind, options) = match lower {
         Lower::Block { serial } => (disk::find(serial)?, "erofs", None),
         Lower::Pmem { index } => {
@@ -92,6 +96,48 @@ fn mount_lower(lower: &Lower) -> Result<(), ConfigureError> {
         target: LOWER.to_owned(),
         source: error.into(),
     })
+}
+
+/// What the first processes of most images read, below the root. A copy of each libc, and what is started through it.
+const READ_FIRST: [&str; 18] = [
+    "etc/ld.so.cache",
+    "etc/passwd",
+    "etc/group",
+    "etc/nsswitch.conf",
+    "lib64/ld-linux-x86-64.so.2",
+    "lib/x86_64-linux-gnu/ld-linux-x86-64.so.2",
+    "lib/x86_64-linux-gnu/libc.so.6",
+    "lib/x86_64-linux-gnu/libtinfo.so.6",
+    "lib/x86_64-linux-gnu/libselinux.so.1",
+    "lib/x86_64-linux-gnu/libpcre2-8.so.0",
+    "lib/ld-musl-x86_64.so.1",
+    "bin/sh",
+    "bin/bash",
+    "bin/busybox",
+    "bin/true",
+    "bin/cat",
+    "bin/sleep",
+    "sbin/init",
+];
+
+/// No file of them is larger; one that is, is none of them.
+const READ_MOST: u64 = 8 << 20;
+
+/// Reads what is read first, so that it is in memory when the guest is saved. What an image lacks, it lacks.
+pub(super) fn read_ahead() {
+    for name in READ_FIRST {
+        let path = Path::new(LOWER).join(name);
+        // Not through links that lead out of the image.
+        let inside = path.canonicalize().is_ok_and(|path| path.starts_with(LOWER));
+        let plain = fs::metadata(&path).is_ok_and(|meta| meta.is_file() && meta.len() <= READ_MOST);
+        if inside && plain {
+            drop(fs::read(path));
+        }
+    }
+}
+
+fn is_mounted(folder: &str) -> io::Result<bool> {
+    Ok(fs::metadata(folder)?.dev() != fs::metadata("/")?.dev())
 }
 
 /// Makes the overlay's two folders on a new disk; the upper one stands for `/`, so it looks like the image's.
