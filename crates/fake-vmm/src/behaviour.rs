@@ -16,6 +16,10 @@ pub struct Behaviour {
     pub deaf: bool,
     /// `refuse=COMMAND`: answer this command with an error. May be given several times.
     pub refuse: Vec<String>,
+    /// `die=REQUEST`: vanish when this is asked. May be given several times.
+    pub die: Vec<String>,
+    /// `silent=REQUEST`: never answer this. May be given several times.
+    pub silent: Vec<String>,
     /// `die-after-ms=N`: vanish, as after a crash.
     pub die_after: Option<Duration>,
     /// `power-off-after-ms=N`: the guest switches itself off.
@@ -60,6 +64,8 @@ impl FromStr for Behaviour {
                 None if word == "garbage" => out.garbage = true,
                 None if word == "deaf" => out.deaf = true,
                 Some(("refuse", command)) => out.refuse.push(command.to_owned()),
+                Some(("die", request)) => out.die.push(request.to_owned()),
+                Some(("silent", request)) => out.silent.push(request.to_owned()),
                 Some(("die-after-ms", value)) => out.die_after = millis(value)?,
                 Some(("power-off-after-ms", value)) => out.power_off_after = millis(value)?,
                 Some(("console", value)) => value.clone_into(&mut out.console),

@@ -9,13 +9,18 @@
 //!   agent.sock ─► port ─► service ─► guest ─────────────────► process ◄─ program (what an argument list means)
 //! ```
 //!
+//! [`firecracker`] and [`cloud_hypervisor`] are the same behind the other drivers: the same guest, other programs.
+//!
 //! What it ignores: devices, kernel and initramfs beyond their existence, and files in the guest. What it can be told:
 //! [`Behaviour`] in its environment makes it fail in ways that a real QEMU won't, and commands in the guest
 //! (`poweroff`, `reboot`, `echo c > /proc/sysrq-trigger`, anything below `/nonexistent`) end or refuse what they would
 //! end or refuse in a real guest.
 
+mod api;
 mod arguments;
 mod behaviour;
+pub mod cloud_hypervisor;
+pub mod firecracker;
 mod guest;
 mod machine;
 mod port;
@@ -23,10 +28,12 @@ mod process;
 mod program;
 mod qmp;
 mod service;
+mod vsock;
 
 use std::ffi::OsString;
-use std::io;
+use std::io::{self, Write as _};
 use std::os::unix::net::UnixListener as StdListener;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -87,6 +94,35 @@ pub fn run(arguments: Arguments, behaviour: &Behaviour) -> io::Result<i32> {
         }
         qmp::serve(&UnixListener::from_std(qmp)?, &machine, &guest, behaviour).await
     })
+}
+
+/// The whole program of a fake that answers `--version` and runs with its arguments.
+pub fn main_of(version: &str, run: impl FnOnce(&[OsString], Behaviour) -> io::Result<i32>) -> ExitCode {
+    let args: Vec<OsString> = std::env::args_os().skip(1).collect();
+    if args == ["--version"] {
+        return match io::stdout().write_all(version.as_bytes()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    let behaviour = std::env::var(Behaviour::VARIABLE).unwrap_or_default();
+    let behaviour: Behaviour = match behaviour.parse() {
+        Ok(behaviour) => behaviour,
+        Err(error) => return complain(&format!("{error}")),
+    };
+    if behaviour.exit {
+        return complain("told to exit at start");
+    }
+    match run(&args, behaviour) {
+        Ok(status) => u8::try_from(status).map_or(ExitCode::FAILURE, ExitCode::from),
+        Err(error) => complain(&error.to_string()),
+    }
+}
+
+/// One line on standard error.
+fn complain(words: &str) -> ExitCode {
+    let _ = writeln!(io::stderr(), "offshoot-fake-vmm: {words}");
+    ExitCode::FAILURE
 }
 
 /// Does something later, if it is to be done at all.

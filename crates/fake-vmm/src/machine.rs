@@ -113,6 +113,11 @@ impl Machine {
         state.tell("STOP", &json!({}));
     }
 
+    /// What the console said since it was taken last.
+    pub(crate) fn take_console(&self) -> Vec<u8> {
+        std::mem::take(&mut self.state().console)
+    }
+
     /// Carries out a QMP command; an error is QEMU's description of it.
     pub(crate) fn carry_out(&self, command: &str, arguments: &Value, deaf: bool) -> Result<Value, String> {
         self.state().carry_out(command, arguments, deaf)

@@ -18,10 +18,7 @@ use crate::service::Service;
 pub(crate) async fn serve(socket: UnixListener, machine: Arc<Machine>, guest: Arc<Guest>) {
     let service = service(Arc::new(Service::new(guest)));
     while let Ok((stream, _)) = socket.accept().await {
-        let mut link = GuestLink::new(Port {
-            stream,
-            machine: Arc::clone(&machine),
-        });
+        let mut link = GuestLink::new(Port::new(stream, Arc::clone(&machine)));
         // Until this host closes the port. How a conversation ended is the host's business.
         while link.accept().await.is_ok() {
             let _ = serve_calls(&mut link, service.clone()).await;
@@ -30,9 +27,15 @@ pub(crate) async fn serve(socket: UnixListener, machine: Arc<Machine>, guest: Ar
 }
 
 /// The guest's end of the port.
-struct Port {
+pub(crate) struct Port {
     stream: UnixStream,
     machine: Arc<Machine>,
+}
+
+impl Port {
+    pub(crate) fn new(stream: UnixStream, machine: Arc<Machine>) -> Self {
+        Self { stream, machine }
+    }
 }
 
 impl AsyncRead for Port {

@@ -73,6 +73,14 @@ impl Agent for Service {
         Ok(Response::new(v1::ConfigureReply { stages: Vec::new() }))
     }
 
+    async fn rehearse(&self, _: Request<v1::RehearseRequest>) -> Result<Response<v1::RehearseReply>, Status> {
+        Err(Status::failed_precondition("a fake guest cannot be saved"))
+    }
+
+    async fn warm(&self, _: Request<v1::WarmRequest>) -> Result<Response<v1::WarmReply>, Status> {
+        Err(Status::failed_precondition("a fake guest cannot be saved"))
+    }
+
     async fn start_main(
         &self,
         request: Request<v1::StartMainRequest>,

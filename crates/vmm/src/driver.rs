@@ -30,6 +30,11 @@ pub trait Driver: Send + Sync {
     /// so, for a daemon that dies in here. Dropping the future is safe and ends the process.
     async fn launch(&self, plan: &LaunchPlan) -> Result<Box<dyn Machine>, LaunchError>;
 
+    /// Names the machine of a plan without what differs from VM to VM (ids, paths, addresses, descriptors): a VM can go on
+    /// from one that was saved when both plans have the same shape, on the same version of the VMM. `None` where this VMM
+    /// cannot save. Asks the VMM at most once, as [`Driver::probe`].
+    async fn shape(&self, plan: &LaunchPlan) -> Result<Option<String>, LaunchError>;
+
     /// Finds a VM that an earlier daemon launched; `None` when its process is gone, and then its sockets are too.
     ///
     /// Once per VM after a restart; while another handle of the same VM is held, a VMM with one control connection
@@ -142,6 +147,14 @@ impl Explain for ProbeError {
 
     fn hints(&self) -> Vec<String> {
         match self {
+            // No distribution that we know has these.
+            Self::Missing {
+                package: "firecracker" | "cloud-hypervisor",
+                program,
+            } => vec![format!(
+                "put a release of the project at {}, or name it in the daemon's config (docs/config.md)",
+                program.display()
+            )],
             Self::Missing { package, .. } => vec![format!("apt install {package}")],
             Self::NoneOf { packages, .. } => packages
                 .iter()
@@ -189,11 +202,43 @@ pub enum LaunchError {
         #[source]
         source: io::Error,
     },
+    /// Nobody serves a shared folder of the plan.
+    #[error("nobody serves the share `{tag}` at `{}`", path.display())]
+    NoShare {
+        /// The share.
+        tag: String,
+        /// Where its virtiofsd should listen.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM runs and refused a part of the plan, in its own words.
+    #[error("the VMM refused to {doing}: {said}")]
+    Refused {
+        /// What it was asked for.
+        doing: &'static str,
+        /// Why not.
+        said: String,
+        /// Its whole log.
+        log: PathBuf,
+    },
     /// Nobody opened the TAP that the plan speaks of.
     #[error("the TAP of the network device {mac} was not opened")]
     NoTap {
         /// The device.
         mac: Mac,
+    },
+    /// The VMM did not take a saved VM.
+    #[error("cannot restore the VM{}", said_text(said))]
+    Restore {
+        /// The end of what it said, at most 2 KiB.
+        said: String,
+        /// Its whole log.
+        log: PathBuf,
+        /// Why.
+        #[source]
+        source: MachineError,
     },
     /// The process could not be started.
     #[error("cannot start the VMM")]
@@ -243,10 +288,13 @@ impl Explain for LaunchError {
             Self::Plan { source } => source.kind(),
             Self::Probe { source } => source.kind(),
             Self::Unsupported { .. } => ErrorKind::NotPossible,
-            Self::Control { source, .. } => source.kind(),
-            Self::NoTap { .. } | Self::Prepare { .. } | Self::Spawn { .. } | Self::Exited { .. } => {
-                ErrorKind::Internal
-            }
+            Self::Control { source, .. } | Self::Restore { source, .. } => source.kind(),
+            Self::NoShare { .. }
+            | Self::Refused { .. }
+            | Self::NoTap { .. }
+            | Self::Prepare { .. }
+            | Self::Spawn { .. }
+            | Self::Exited { .. } => ErrorKind::Internal,
         }
     }
 
@@ -255,10 +303,13 @@ impl Explain for LaunchError {
             Self::Plan { source } => source.hints(),
             Self::Probe { source } => source.hints(),
             Self::Unsupported { .. } => vec!["choose another VMM with `--vmm`".into()],
-            Self::NoTap { .. } | Self::Prepare { .. } | Self::Spawn { .. } => {
+            Self::NoShare { .. } | Self::NoTap { .. } | Self::Prepare { .. } | Self::Spawn { .. } => {
                 vec!["run `offshoot doctor`".into()]
             }
-            Self::Exited { log, .. } | Self::Control { log, .. } => {
+            Self::Exited { log, .. }
+            | Self::Refused { log, .. }
+            | Self::Control { log, .. }
+            | Self::Restore { log, .. } => {
                 vec![format!("its whole log is {}", log.display())]
             }
         }

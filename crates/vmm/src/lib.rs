@@ -1,8 +1,9 @@
 //! Virtual machine monitors: what a VM needs ([`LaunchPlan`]) goes in, a running process ([`Machine`]) comes out.
 //!
 //! Nothing here knows networks, storage or images: a disk is a path, a network device the name of a TAP. One trait
-//! pair, [`Driver`] and [`Machine`], stands before every VMM; [`qemu`] is the first behind it. The fake
-//! (`crates/fake-vmm`) is another *program* under the real QEMU driver, so that tests exercise the driver.
+//! pair, [`Driver`] and [`Machine`], stands before every VMM: [`qemu`], [`cloud_hypervisor`] and [`firecracker`]; which of
+//! them a VM gets is decided by [`policy`]. The fakes (`crates/fake-vmm`) are other *programs* under the real drivers, so
+//! that tests exercise the drivers.
 //! [`virtiofsd`] serves the folders that a plan shares; it is started before the VMM, which connects to it.
 //!
 //! ```text
@@ -14,11 +15,17 @@
 mod ask;
 mod bounded_log;
 pub mod cloud_hypervisor;
+mod console;
 mod driver;
+pub mod firecracker;
+mod grow;
+mod http;
 mod machine;
 pub mod plan;
+pub mod policy;
 pub mod qemu;
 mod said;
+mod tended;
 pub mod virtiofsd;
 mod words;
 

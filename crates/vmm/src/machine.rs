@@ -1,5 +1,6 @@
 //! The second half of the seam: one VMM process with one VM in it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -65,9 +66,10 @@ pub trait Machine: Send + Sync {
 /// Saving a VM so that copies of it can be started.
 #[async_trait]
 pub trait Snapshots: Send + Sync {
-    /// Saves the paused VM into a new folder. Once per VM; the VM stays paused. On failure the folder holds rubbish,
-    /// which the caller removes. Dropping the future leaves the same.
-    async fn save(&self, folder: &Path) -> Result<(), MachineError>;
+    /// Saves the devices of the paused VM into a new file, at most `limit` of them; its memory is in the file that its plan
+    /// was launched with ([`crate::plan::Origin::KernelInto`]). Once per VM; the VM stays paused. On failure the file holds
+    /// rubbish, which the caller removes. Dropping the future leaves the same.
+    async fn save(&self, state: &Path, limit: ByteSize) -> Result<(), MachineError>;
 }
 
 /// What is stored of a machine to find it again.
@@ -90,6 +92,9 @@ pub struct MachineState {
     /// The log that gets the VMM's words when it has ended.
     #[serde(default)]
     pub log: PathBuf,
+    /// The files of its disks by serial, where the driver needs them after the launch.
+    #[serde(default)]
+    pub disks: BTreeMap<String, PathBuf>,
 }
 
 impl MachineState {
@@ -254,6 +259,30 @@ pub enum MachineError {
         /// The size asked for.
         to: ByteSize,
     },
+    /// What was to be saved could not be.
+    #[error("cannot save the VM to `{}`", path.display())]
+    Save {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// The VMM gave up while it saved or restored a VM.
+    #[error("the VMM could not {doing}")]
+    Migration {
+        /// What was asked for.
+        doing: &'static str,
+    },
+    /// The file of a disk could not be looked at or grown.
+    #[error("cannot grow `{}`", path.display())]
+    Disk {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The console log could not be written or read.
     #[error("cannot keep the console log `{}`", path.display())]
     Console {
@@ -319,9 +348,13 @@ impl Explain for MachineError {
             Self::Gone => ErrorKind::WrongState,
             Self::NoDisk { .. } => ErrorKind::NotFound,
             Self::Shrink { .. } => ErrorKind::InvalidRequest,
-            Self::Control { .. } | Self::Kill { .. } | Self::StillThere { .. } | Self::Console { .. } => {
-                ErrorKind::Internal
-            }
+            Self::Control { .. }
+            | Self::Kill { .. }
+            | Self::StillThere { .. }
+            | Self::Disk { .. }
+            | Self::Console { .. }
+            | Self::Save { .. }
+            | Self::Migration { .. } => ErrorKind::Internal,
         }
     }
 

@@ -4,6 +4,7 @@
 //! cannot do, its driver refuses.
 
 use std::collections::HashSet;
+use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -49,9 +50,36 @@ pub struct LaunchPlan {
     pub agent: AgentChannel,
     /// Who the process becomes; `None` keeps who we are. The files that it writes belong to that user already.
     pub identity: Option<VmmIdentity>,
+    /// Where the guest comes from.
+    pub origin: Origin,
     /// The folders of the control group that the process is in from its first instruction on, one for each hierarchy;
     /// none leaves it in ours.
     pub cgroups: Vec<PathBuf>,
+}
+
+/// Where a guest comes from.
+#[derive(Clone, Debug, Default)]
+pub enum Origin {
+    /// It boots its kernel.
+    #[default]
+    Kernel,
+    /// It boots its kernel, and all of its memory is this file, of the plan's size and written by the VMM, so that it can be
+    /// saved ([`crate::Snapshots`]).
+    KernelInto(Arc<File>),
+    /// It goes on as a VM of the same shape ([`crate::Driver::shape`]) that was saved. The launch returns when it could: it
+    /// stands until [`crate::Machine::resume`].
+    Template(SavedGuest),
+}
+
+/// A VM that was saved. Both files are sealed (`offshoot_sys::memory_file`): a VMM reads them and can do nothing else.
+#[derive(Clone, Debug)]
+pub struct SavedGuest {
+    /// Its memory, mapped privately.
+    pub memory: Arc<File>,
+    /// What its VMM saved of its devices.
+    pub state: Arc<File>,
+    /// Its writable disks by serial, with the sizes that the guest knows of.
+    pub disks: Vec<(String, ByteSize)>,
 }
 
 /// How guest instructions are run.
@@ -176,6 +204,9 @@ impl AgentChannel {
     /// The name of the agent's virtio-serial port: `/dev/virtio-ports/offshoot.agent` with udev,
     /// `/sys/class/virtio-ports/*/name` without.
     pub const PORT_NAME: &str = "offshoot.agent";
+
+    /// The vsock port on which agents listen.
+    pub const VSOCK_PORT: u32 = 1024;
 }
 
 /// Who a VMM process becomes: nobody who owns anything else.
@@ -307,8 +338,8 @@ const MIN_MEMORY: ByteSize = ByteSize::from_mib(16);
 const MAX_CMDLINE: usize = 1983;
 /// A PCI bus has 32 slots; a few belong to the machine, the console, the agent and the entropy source.
 const MAX_DEVICES: usize = 24;
-/// `sun_path` has 108 bytes with a NUL (unix(7)); the longest socket name of a VM is `/agent.sock`.
-const MAX_RUN_DIR: usize = 107 - "/agent.sock".len();
+/// `sun_path` has 108 bytes with a NUL (unix(7)); the longest socket name of a VM is `/own/agent.sock`.
+const MAX_RUN_DIR: usize = 107 - "/own/agent.sock".len();
 /// `VIRTIO_BLK_ID_BYTES`.
 const MAX_SERIAL: usize = 20;
 /// `virtio_fs_config.tag`.
@@ -497,6 +528,7 @@ pub(crate) mod tests {
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity: None,
+            origin: Origin::Kernel,
             cgroups: Vec::new(),
         }
     }

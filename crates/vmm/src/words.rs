@@ -40,10 +40,15 @@ impl Words {
     ///
     /// A program that was taken over may have put something else in their place: only what cannot grow is read.
     pub(crate) fn of_process(pid: u32) -> io::Result<Self> {
+        Self::of_descriptor(pid, 2)
+    }
+
+    /// The same for words under another number than standard error.
+    pub(crate) fn of_descriptor(pid: u32, number: i32) -> io::Result<Self> {
         let file = File::options()
             .read(true)
             .custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits().cast_signed())
-            .open(format!("/proc/{pid}/fd/2"))?;
+            .open(format!("/proc/{pid}/fd/{number}"))?;
         if !fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(SealFlags::GROW)) {
             return Err(io::Error::other(
                 "its standard error is not what it was started with",

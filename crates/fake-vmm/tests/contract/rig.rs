@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use offshoot_fake_vmm::Behaviour;
 use offshoot_model::{ByteSize, VmId};
-use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, VmmIdentity};
+use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, Origin, VmmIdentity};
 use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
 use offshoot_vmm::{Driver, Machine};
 
@@ -105,6 +105,7 @@ impl Rig {
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity,
+            origin: Origin::Kernel,
             cgroups: Vec::new(),
         };
         Some(Self {

@@ -7,24 +7,24 @@ use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan, NetBackend};
 
 use super::options::{CommandLine, Options};
 use super::probe::CloudHypervisorFacts;
+use crate::tended::own_folder;
 
 /// Under which number it gets its listening API socket.
 pub const API_FD: RawFd = 10;
+/// Under which number it gets the pipe for its events.
+pub const EVENTS_FD: RawFd = 12;
 /// Under which numbers it gets TAP devices, in the order of the plan.
 pub const FIRST_TAP_FD: RawFd = 20;
 
-/// The agent's socket in the run folder, which it makes.
-const AGENT_SOCKET: &str = "agent.sock";
-/// The console's socket in the run folder, which it makes.
-const CONSOLE_SOCKET: &str = "tty.sock";
 /// How many entries a share's queue has: the most that QEMU's virtiofsd takes, and Cloud Hypervisor's default.
 const SHARE_QUEUE: &str = "1024";
 
 /// The command line that carries out a valid plan, or what Cloud Hypervisor cannot do of it.
-pub fn command_line(plan: &LaunchPlan, facts: &CloudHypervisorFacts) -> Result<CommandLine, LaunchError> {
-    refuse_the_impossible(plan, facts)?;
+pub fn command_line(plan: &LaunchPlan, _: &CloudHypervisorFacts) -> Result<CommandLine, LaunchError> {
+    refuse_the_impossible(plan)?;
     let mut line = CommandLine::default();
     line.options("api-socket", Options::new().with("fd", API_FD.to_string()));
+    line.options("event-monitor", Options::new().with("fd", EVENTS_FD.to_string()));
     line.plain("seccomp", "true");
     line.plain("kernel", &plan.kernel);
     if let Some(initramfs) = &plan.initramfs {
@@ -44,21 +44,32 @@ pub fn command_line(plan: &LaunchPlan, facts: &CloudHypervisorFacts) -> Result<C
     nets(&mut line, plan);
     if let AgentChannel::HybridVsock { cid, port: _ } = plan.agent {
         let vsock = Options::new().with("cid", cid.to_string());
-        line.options("vsock", vsock.with("socket", plan.run_dir.join(AGENT_SOCKET)));
+        line.options("vsock", vsock.with("socket", agent_socket(plan)));
     }
+    // Nothing is taken from the guest; what it does not use, it gives back.
+    let balloon = Options::new()
+        .with("size", "0")
+        .with_switch("deflate_on_oom", true);
+    line.options("balloon", balloon.with_switch("free_page_reporting", true));
     Ok(line)
 }
 
-fn refuse_the_impossible(plan: &LaunchPlan, facts: &CloudHypervisorFacts) -> Result<(), LaunchError> {
+/// The agent's socket, which it makes.
+pub(super) fn agent_socket(plan: &LaunchPlan) -> std::path::PathBuf {
+    own_folder(&plan.run_dir).join("agent.sock")
+}
+
+/// The id of a disk, for the API.
+pub(super) fn disk_id(serial: &str) -> String {
+    format!("disk-{serial}")
+}
+
+fn refuse_the_impossible(plan: &LaunchPlan) -> Result<(), LaunchError> {
     let wants = [
         (plan.accel == Accel::Tcg, "run without KVM"),
         (
             plan.agent == AgentChannel::VirtioSerial,
             "reach the agent over virtio-serial: it has no such device",
-        ),
-        (
-            plan.console_device == ConsoleDevice::Virtio && !facts.console_socket,
-            "offer a virtio console as a socket: it is older than version 52",
         ),
     ];
     match wants.into_iter().find(|(impossible, _)| *impossible) {
@@ -75,10 +86,8 @@ fn console(line: &mut CommandLine, plan: &LaunchPlan) {
         ConsoleDevice::Serial => ("serial", "console"),
         ConsoleDevice::Virtio => ("console", "serial"),
     };
-    line.options(
-        used,
-        Options::new().with("socket", plan.run_dir.join(CONSOLE_SOCKET)),
-    );
+    // Its standard output, which is a pipe of ours.
+    line.options(used, Options::new().with_word("tty"));
     line.options(unused, Options::new().with_word("off"));
 }
 
@@ -90,7 +99,7 @@ fn disks(line: &mut CommandLine, plan: &LaunchPlan) {
             // Said, or the first bytes of the disk would decide, which are the guest's.
             .with("image_type", "raw")
             .with("serial", &disk.serial)
-            .with("id", format!("disk-{}", disk.serial));
+            .with("id", disk_id(&disk.serial));
         line.options("disk", options);
     }
     for (n, pmem) in plan.pmems.iter().enumerate() {
@@ -235,7 +244,7 @@ mod tests {
             });
             prop_assert_eq!(values(&flags, "net"), nets.collect::<Read>());
             let AgentChannel::HybridVsock { cid, .. } = plan.agent else { unreachable!() };
-            let socket = "/run/offshoot/x/agent.sock";
+            let socket = "/run/offshoot/x/own/agent.sock";
             prop_assert_eq!(values(&flags, "vsock"), [pairs(&[("cid", &cid.to_string()), ("socket", socket)])]);
             let mut ids = HashSet::new();
             for flag in ["disk", "pmem", "fs", "net"] {
@@ -278,17 +287,14 @@ mod tests {
     }
 
     #[test]
-    fn the_console_is_a_socket_and_the_other_one_is_off() {
+    fn the_console_is_its_output_and_the_other_one_is_off() {
         let check = |device: ConsoleDevice, used: &str, unused: &str| {
             let plan = LaunchPlan {
                 console_device: device,
                 ..possible()
             };
             let flags = read_flags(&command_line(&plan, &newest()).unwrap().encode().unwrap());
-            assert_eq!(
-                values(&flags, used),
-                [pairs(&[("socket", "/run/offshoot/x/tty.sock")])]
-            );
+            assert_eq!(values(&flags, used), [pairs(&[("tty", "")])]);
             assert_eq!(values(&flags, unused), [pairs(&[("off", "")])]);
         };
         check(ConsoleDevice::Serial, "serial", "console");
@@ -297,24 +303,17 @@ mod tests {
 
     #[test]
     fn what_it_lacks_is_refused() {
-        let refuse = |change: &dyn Fn(&mut LaunchPlan, &mut CloudHypervisorFacts), expected: &str| {
-            let (mut plan, mut facts) = (possible(), newest());
-            command_line(&plan, &facts).unwrap();
-            change(&mut plan, &mut facts);
-            let error = command_line(&plan, &facts).unwrap_err().to_string();
+        let refuse = |change: &dyn Fn(&mut LaunchPlan), expected: &str| {
+            let mut plan = possible();
+            command_line(&plan, &newest()).unwrap();
+            change(&mut plan);
+            let error = command_line(&plan, &newest()).unwrap_err().to_string();
             assert!(
                 error.starts_with("Cloud Hypervisor cannot") && error.contains(expected),
                 "{error}"
             );
         };
-        refuse(&|plan, _| plan.accel = Accel::Tcg, "without KVM");
-        refuse(
-            &|plan, _| plan.agent = AgentChannel::VirtioSerial,
-            "virtio-serial",
-        );
-        refuse(
-            &|plan, facts| (plan.console_device, facts.console_socket) = (ConsoleDevice::Virtio, false),
-            "virtio console",
-        );
+        refuse(&|plan| plan.accel = Accel::Tcg, "without KVM");
+        refuse(&|plan| plan.agent = AgentChannel::VirtioSerial, "virtio-serial");
     }
 }

@@ -1,22 +1,30 @@
-//! Cloud Hypervisor on x86-64: its command line, from the same plan as every VMM's. There is no driver yet; starting it
-//! and talking to its API socket come with it.
+//! Cloud Hypervisor on x86-64: a machine that its command line describes and its API controls.
 //!
 //! ```text
-//! us                                            Cloud Hypervisor
-//!  api.sock    listening, made by us  ─ fd 10 ─► its HTTP API
-//!  agent.sock  made by it             ◄───────── vsock as a Unix socket
-//!  tty.sock    made by it             ◄───────── the guest's console
+//! us                                            Cloud Hypervisor (own session, unprivileged, its own seccomp)
+//!  api.sock        listening, made by us  ─ fd 10 ─► its HTTP API: pause, power button, resize, shutdown
+//!  events          a pipe of ours         ─ fd 12 ─► booted, shutdown, rebooting …
+//!  console         a pipe of ours         ─ fd 1 ──► the guest's console
+//!  vmm.log         memory of ours         ─ fd 2 ──► its own words
+//!  own/agent.sock  made by it             ◄───────── vsock as a Unix socket
 //! ```
 //!
 //! A flag that stands twice is an error or hides the first, so all devices of a kind follow ONE flag: a shared root and
-//! two mounts are `--fs a b c`. [`CommandLine`] cannot be built otherwise.
+//! two mounts are `--fs a b c`. [`CommandLine`] cannot be built otherwise. TAPs come by descriptors, which its API takes only
+//! beside a request (`SCM_RIGHTS`) and its command line by number: so the machine is described there.
 //!
-//! The console goes to a socket and not to a file, which would be the guest's to fill.
+//! It starts a guest again that asks for a reset. Nobody wants that here: it is ended when it says so.
 
 mod args;
+mod driver;
+mod events;
+mod machine;
 mod options;
 mod probe;
+mod requests;
 
-pub use args::{API_FD, FIRST_TAP_FD, command_line};
+pub use args::{API_FD, EVENTS_FD, FIRST_TAP_FD, command_line};
+pub use driver::{CloudHypervisorConfig, CloudHypervisorDriver};
 pub use options::{CommandLine, Options, OptionsError};
 pub use probe::CloudHypervisorFacts;
+pub use requests::ResizeDisk;

@@ -10,16 +10,12 @@ use crate::driver::{ProbeError, VmmFacts, VmmFeature};
 /// for whether it is a QCOW2 image that names other files of the host.
 const LEAST: (u32, u32) = (51, 0);
 const LEAST_TEXT: &str = "51.0";
-/// The first with `--console socket=`.
-const CONSOLE_SOCKET: (u32, u32) = (52, 0);
 
 /// What a Cloud Hypervisor can do, as far as command lines depend on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CloudHypervisorFacts {
     /// Its version, such as `53.0`.
     pub version: String,
-    /// It offers a virtio console as a Unix socket.
-    pub console_socket: bool,
 }
 
 impl CloudHypervisorFacts {
@@ -39,16 +35,13 @@ impl CloudHypervisorFacts {
                 least: LEAST_TEXT,
             });
         }
-        Ok(Self {
-            version,
-            console_socket: numbers >= CONSOLE_SOCKET,
-        })
+        Ok(Self { version })
     }
 
     /// The same in the words that all VMMs share.
     pub fn to_vmm_facts(&self, program: &Path) -> VmmFacts {
         VmmFacts {
-            kind: "cloud-hypervisor".into(),
+            kind: super::driver::KIND.into(),
             version: self.version.clone(),
             program: program.to_owned(),
             features: BTreeSet::from([
@@ -69,7 +62,6 @@ pub(super) mod tests {
     pub(crate) fn newest() -> CloudHypervisorFacts {
         CloudHypervisorFacts {
             version: "53.0".into(),
-            console_socket: true,
         }
     }
 
@@ -78,10 +70,7 @@ pub(super) mod tests {
         let read = |said: &str| CloudHypervisorFacts::read(Path::new("/ch"), said);
         assert_eq!(read("cloud-hypervisor v53.0\n").unwrap(), newest());
         let of_51 = read("cloud-hypervisor v51.1-12-gabc\n").unwrap();
-        assert_eq!(
-            (of_51.version.as_str(), of_51.console_socket),
-            ("51.1-12-gabc", false)
-        );
+        assert_eq!(of_51.version, "51.1-12-gabc");
         assert!(matches!(
             read("cloud-hypervisor v50.0\n"),
             Err(ProbeError::TooOld { .. })

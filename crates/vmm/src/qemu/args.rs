@@ -5,7 +5,7 @@ use std::os::fd::RawFd;
 use offshoot_model::ByteSize;
 
 use crate::driver::LaunchError;
-use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan, NetBackend};
+use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan, NetBackend, Origin};
 
 use super::opts::{CommandLine, Opts};
 use super::probe::QemuFacts;
@@ -14,6 +14,10 @@ use super::probe::QemuFacts;
 pub(crate) const QMP_FD: RawFd = 10;
 /// Under which number QEMU gets the agent's listening socket.
 pub(crate) const AGENT_FD: RawFd = 11;
+/// Under which number QEMU gets the file that is its guest's memory.
+pub(crate) const MEMORY_FD: RawFd = 12;
+/// Under which number QEMU gets what was saved of a guest's devices.
+pub(crate) const STATE_FD: RawFd = 13;
 /// Under which numbers QEMU gets TAP devices, in the order of the plan.
 pub(crate) const FIRST_TAP_FD: RawFd = 20;
 /// The chardev that holds the guest's last words.
@@ -60,12 +64,19 @@ pub fn command_line(plan: &LaunchPlan, facts: &QemuFacts) -> Result<CommandLine,
         .fold(Opts::of("on"), |opts, what| opts.with(what, "deny"));
     line.opts("sandbox", sandbox);
     machine(&mut line, plan, facts);
-    boot(&mut line, plan, facts);
+    // A saved guest has its kernel in its memory; reading it again would take most of the time of a restore.
+    if !matches!(plan.origin, Origin::Template(_)) {
+        boot(&mut line, plan, facts);
+    }
     channels(&mut line, plan);
     disks(&mut line, plan);
     shares(&mut line, plan);
     nets(&mut line, plan);
     line.opts("device", Opts::of("virtio-rng-pci").with("id", "rng"));
+    if matches!(plan.origin, Origin::Template(_)) {
+        // It waits to be told from where.
+        line.value("incoming", "defer");
+    }
     Ok(line)
 }
 
@@ -91,6 +102,10 @@ fn refuse_the_impossible(plan: &LaunchPlan, facts: &QemuFacts) -> Result<(), Lau
             plan.agent != AgentChannel::VirtioSerial,
             "reach the agent over vsock as a Unix socket",
         ),
+        (
+            !plan.shares.is_empty() && !matches!(plan.origin, Origin::Kernel),
+            "save or restore a VM with shared folders",
+        ),
     ];
     match wants.into_iter().find(|(impossible, _)| *impossible) {
         Some((_, what)) => Err(LaunchError::Unsupported { vmm: "QEMU", what }),
@@ -112,6 +127,20 @@ fn machine(line: &mut CommandLine, plan: &LaunchPlan, facts: &QemuFacts) {
             .with("id", "ram")
             .with("size", &memory);
         line.opts("object", backend.with_switch("share", true));
+        machine = machine.with("memory-backend", "ram");
+    }
+    // What is mapped shared is written by the guest; a saved guest's memory, whose file is sealed, is copied as it is written.
+    let share = match &plan.origin {
+        Origin::Kernel => None,
+        Origin::KernelInto(_) => Some(true),
+        Origin::Template(_) => Some(false),
+    };
+    if let Some(share) = share {
+        let backend = Opts::of("memory-backend-file")
+            .with("id", "ram")
+            .with("size", &memory)
+            .with("mem-path", format!("/proc/self/fd/{MEMORY_FD}"));
+        line.opts("object", backend.with_switch("share", share));
         machine = machine.with("memory-backend", "ram");
     }
     line.opts("machine", machine);

@@ -6,24 +6,26 @@
 //! ```
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use offshoot_sys::process::{
-    DetachedCommand, Identity, InheritedFd, PidFd, ResourceLimit, Signal, spawn_detached,
+    DetachedCommand, Identity, InheritedFd, PidFd, ResourceLimit, Signal, share_fd, spawn_detached,
 };
+use serde_json::json;
 use tokio::sync::OnceCell;
 
-use super::args::{AGENT_FD, FIRST_TAP_FD, QMP_FD, command_line};
+use super::args::{AGENT_FD, FIRST_TAP_FD, MEMORY_FD, QMP_FD, STATE_FD, command_line};
 use super::machine::QemuMachine;
 use super::probe::{QemuFacts, probe};
-use super::qmp::Qmp;
+use super::qmp::{Migration, Qmp};
+use super::shape::shape;
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
-use crate::plan::{LaunchPlan, NetBackend, PlanError};
+use crate::plan::{LaunchPlan, NetBackend, Origin, PlanError};
 use crate::words::Words;
 
 /// The name of this driver in stored states.
@@ -118,6 +120,7 @@ impl Driver for QemuDriver {
             agent: AgentEndpoint::UnixLink(launched.agent.clone()),
             console: plan.console.clone(),
             log: plan.log.clone(),
+            disks: Default::default(),
         };
         let record = plan.run_dir.join(MachineState::FILE);
         state
@@ -134,6 +137,11 @@ impl Driver for QemuDriver {
             Ok(qmp) => qmp,
             Err(source) => return Err(failure(plan, &words, &pidfd, source).await),
         };
+        if matches!(plan.origin, Origin::Template(_))
+            && let Err(source) = restore(&qmp, &pidfd).await
+        {
+            return Err(restore_failure(plan, &words, &pidfd, source).await);
+        }
         tracing::debug!(vm = %plan.vm, pid = state.process.pid, ?spawned, ready = ?started.elapsed(), "QEMU answers");
         launched.keep();
         Ok(Box::new(QemuMachine::start(
@@ -143,6 +151,14 @@ impl Driver for QemuDriver {
             qmp,
             self.config.patience,
         )))
+    }
+
+    async fn shape(&self, plan: &LaunchPlan) -> Result<Option<String>, LaunchError> {
+        let facts = self
+            .facts()
+            .await
+            .map_err(|source| LaunchError::Probe { source })?;
+        shape(plan, facts)
     }
 
     async fn reopen(&self, state: &MachineState) -> Result<Option<Box<dyn Machine>>, ReopenError> {
@@ -258,6 +274,31 @@ fn prepare(
         })?;
         command.inherit.push(InheritedFd { fd, number });
     }
+    let saved = |source| LaunchError::Prepare {
+        path: "/proc/self/fd".into(),
+        source,
+    };
+    match &plan.origin {
+        Origin::Kernel => {}
+        Origin::KernelInto(memory) => {
+            let fd = share_fd(&**memory).map_err(saved)?;
+            command.inherit.push(InheritedFd {
+                fd,
+                number: MEMORY_FD,
+            });
+        }
+        Origin::Template(guest) => {
+            let fd = share_fd(&*guest.memory).map_err(saved)?;
+            command.inherit.push(InheritedFd {
+                fd,
+                number: MEMORY_FD,
+            });
+            // Each reads it from its start: a copy of the descriptor would have its position in common with the others.
+            let again = format!("/proc/self/fd/{}", guest.state.as_raw_fd());
+            let fd = std::fs::File::open(again).map_err(saved)?.into();
+            command.inherit.push(InheritedFd { fd, number: STATE_FD });
+        }
+    }
     for (net, number) in plan.nets.iter().zip(FIRST_TAP_FD..) {
         if let NetBackend::TapFd(tap) = &net.backend {
             let fd = tap.take().ok_or(LaunchError::NoTap { mac: net.mac })?;
@@ -265,6 +306,48 @@ fn prepare(
         }
     }
     Ok((launched, command))
+}
+
+/// Lets a QEMU that waits for it take over the saved guest; it then stands.
+async fn restore(qmp: &Qmp, process: &PidFd) -> Result<(), MachineError> {
+    let doing = "restore the VM";
+    let take = async {
+        qmp.prepare_migration().await?;
+        let from = json!({"uri": format!("fd:{STATE_FD}")});
+        qmp.execute("migrate-incoming", from).await?;
+        qmp.migrated().await
+    };
+    let taken = tokio::select! {
+        biased;
+        taken = take => taken,
+        _ = process.wait_exit() => Err(ControlError::Closed),
+    };
+    match taken {
+        Ok(Migration::Completed) => Ok(()),
+        Ok(Migration::Failed) => Err(MachineError::Migration { doing }),
+        Err(source) => Err(MachineError::Control { doing, source }),
+    }
+}
+
+/// Why QEMU did not take a saved guest, in its own words. Ends it first.
+async fn restore_failure(
+    plan: &LaunchPlan,
+    words: &Words,
+    process: &PidFd,
+    source: MachineError,
+) -> LaunchError {
+    if tokio::time::timeout(LEAVING, process.wait_exit()).await.is_err() {
+        let _ = process.send_signal(Signal::KILL);
+        process.wait_exit().await;
+    }
+    if let Err(error) = words.save(&plan.log) {
+        tracing::warn!(vm = %plan.vm, %error, "cannot keep what QEMU said");
+    }
+    LaunchError::Restore {
+        said: said(&words.said()),
+        log: plan.log.clone(),
+        source,
+    }
 }
 
 /// A listening socket in place of whatever an earlier run left there.
@@ -276,11 +359,13 @@ fn listen(path: &Path) -> io::Result<OwnedFd> {
     Ok(UnixListener::bind(path)?.into())
 }
 
+/// How long a QEMU that complains may take to be gone.
+const LEAVING: Duration = Duration::from_millis(500);
+
 /// Why QEMU did not answer, in its own words. Ends it first, so that it has no more of them.
 async fn failure(plan: &LaunchPlan, words: &Words, process: &PidFd, source: ControlError) -> LaunchError {
     // A QEMU that complains closes its sockets a moment before it is gone; its status then says more than ours.
-    let leaving = Duration::from_millis(500);
-    let ended_by_itself = tokio::time::timeout(leaving, process.wait_exit()).await;
+    let ended_by_itself = tokio::time::timeout(LEAVING, process.wait_exit()).await;
     if ended_by_itself.is_err() {
         let _ = process.send_signal(Signal::KILL);
         process.wait_exit().await;

@@ -7,6 +7,7 @@
 //! ```
 
 use std::convert::Infallible;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -15,11 +16,12 @@ use async_trait::async_trait;
 use offshoot_model::ByteSize;
 use offshoot_sys::process::{PidFd, Signal};
 use serde_json::{Value, json};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::sync::{Mutex, watch};
 use tokio_util::task::AbortOnDropHandle;
 
 use super::args::{CONSOLE_CHARDEV, CONSOLE_RING, disk_node};
-use super::qmp::{Qmp, Seen, Shutdown};
+use super::qmp::{Migration, Qmp, Seen, Shutdown};
 use crate::bounded_log;
 use crate::machine::{
     ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
@@ -42,6 +44,8 @@ const LEAVING: Duration = Duration::from_millis(500);
 const RECONNECT: Duration = Duration::from_secs(1);
 /// How often it is tried whether there is room again for what the guest writes.
 const ROOM_RETRY: Duration = Duration::from_secs(1);
+/// How long QEMU may take to say what it saves, 1 MiB or so.
+const SAVE_PATIENCE: Duration = Duration::from_secs(10);
 /// A guest that still finds no room is halted again within this time: its writes are repeated at once.
 const ROOM_FOUND: Duration = Duration::from_millis(500);
 
@@ -464,8 +468,70 @@ impl Machine for QemuMachine {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        None
+        Some(self)
     }
+}
+
+/// QEMU connects to a socket of ours and says there what it saves. It opens no file, and how much it says is limited.
+#[async_trait]
+impl Snapshots for QemuMachine {
+    async fn save(&self, state: &Path, limit: ByteSize) -> Result<(), MachineError> {
+        let doing = "save the VM";
+        let shared = &self.shared;
+        let socket = shared.state.run_dir.join("state.sock");
+        let failed = |source| MachineError::Save {
+            path: state.to_owned(),
+            source,
+        };
+        let qmp = shared.connection().await?;
+        let saved = async {
+            let listener = listen_for(&socket).map_err(failed)?;
+            let tell = async {
+                qmp.prepare_migration().await?;
+                let to = json!({"uri": format!("unix:{}", socket.display())});
+                qmp.execute("migrate", to).await?;
+                qmp.migrated().await
+            };
+            let hear = async {
+                let (said, _) = listener.accept().await?;
+                let mut file = tokio::fs::OpenOptions::new()
+                    .write(true)
+                    .create_new(true)
+                    .mode(0o600)
+                    .open(state)
+                    .await?;
+                let length = tokio::io::copy(&mut said.take(limit.bytes() + 1), &mut file).await?;
+                file.flush().await?;
+                if length > limit.bytes() {
+                    return Err(std::io::Error::from(std::io::ErrorKind::FileTooLarge));
+                }
+                Ok(())
+            };
+            let (told, heard) = tokio::join!(tell, tokio::time::timeout(SAVE_PATIENCE, hear));
+            match told {
+                Ok(Migration::Completed) => {}
+                Ok(Migration::Failed) => return Err(MachineError::Migration { doing }),
+                Err(source) => return Err(shared.control(doing, source).await),
+            }
+            heard
+                .unwrap_or_else(|_| Err(std::io::ErrorKind::TimedOut.into()))
+                .map_err(failed)
+        };
+        let saved = saved.await;
+        // It is gone with the run folder at the latest.
+        let _ = std::fs::remove_file(&socket);
+        saved
+    }
+}
+
+/// A socket that the VMM may connect to: its group is that of the run folder.
+fn listen_for(path: &Path) -> std::io::Result<tokio::net::UnixListener> {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, chown};
+    let listener = tokio::net::UnixListener::bind(path)?;
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    chown(path, None, Some(std::fs::metadata(folder)?.gid()))?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o660))?;
+    Ok(listener)
 }
 
 /// QEMU's `RunState` in our words; `None` for one that there is not.

@@ -22,6 +22,7 @@ mod machine;
 mod opts;
 mod probe;
 mod qmp;
+mod shape;
 
 pub use args::{CPU_KVM, CPU_TCG, TCG_CACHE, command_line};
 pub use driver::{QemuConfig, QemuDriver};

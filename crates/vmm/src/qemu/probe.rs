@@ -92,6 +92,7 @@ impl QemuFacts {
             (self.virtiofs, VmmFeature::Virtiofs),
             (true, VmmFeature::VirtioSerial),
             (true, VmmFeature::ResizeDisk),
+            (true, VmmFeature::Snapshots),
         ];
         let features: BTreeSet<_> = features
             .into_iter()

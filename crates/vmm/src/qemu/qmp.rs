@@ -54,8 +54,28 @@ pub(crate) struct Seen {
     pub(crate) shutdown: Option<Shutdown>,
     /// How often the guest was made to stand still because a disk could not be written (`BLOCK_IO_ERROR`).
     pub(crate) halts: u64,
+    /// How saving or restoring ended (`MIGRATION`, which comes when the capability `events` is on).
+    pub(crate) migration: Option<Migration>,
     /// The connection is over.
     pub(crate) closed: bool,
+}
+
+/// How saving or restoring ended (QEMU's `qapi/migration.json`, `MigrationStatus`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Migration {
+    Completed,
+    Failed,
+}
+
+impl Migration {
+    /// `None` while it goes on.
+    fn read(status: &str) -> Option<Self> {
+        match status {
+            "completed" => Some(Self::Completed),
+            "failed" | "cancelled" => Some(Self::Failed),
+            _ => None,
+        }
+    }
 }
 
 /// `SHUTDOWN`'s reason (QEMU's `qapi/run-state.json`, `ShutdownCause`).
@@ -213,6 +233,26 @@ impl Qmp {
         text_at(&answer, "/status").map(str::to_owned)
     }
 
+    /// Prepares for saving or restoring: memory that is a shared file stays where it is, and the end is told.
+    pub(crate) async fn prepare_migration(&self) -> Result<(), ControlError> {
+        let on = |name: &str| json!({"capability": name, "state": true});
+        let capabilities = json!({"capabilities": [on("x-ignore-shared"), on("events")]});
+        self.execute("migrate-set-capabilities", capabilities)
+            .await
+            .map(drop)
+    }
+
+    /// Waits until saving or restoring has ended.
+    pub(crate) async fn migrated(&self) -> Result<Migration, ControlError> {
+        let mut seen = self.seen();
+        let ended = seen.wait_for(|seen| seen.migration.is_some() || seen.closed);
+        let ended = tokio::time::timeout(self.patience, ended)
+            .await
+            .map_err(|_| ControlError::Timeout { limit: self.patience })?;
+        let ended = ended.ok().and_then(|seen| seen.migration);
+        ended.ok_or(ControlError::Closed)
+    }
+
     /// Empties the console ring, which holds at most `size` bytes.
     pub(crate) async fn read_ring(&self, chardev: &str, size: usize) -> Result<Vec<u8>, ControlError> {
         use base64::Engine;
@@ -291,6 +331,12 @@ async fn read_all(mut reader: BufReader<OwnedReadHalf>, waiting: Arc<Waiting>, s
             seen.send_modify(|seen| {
                 seen.shutdown.get_or_insert(shutdown);
             });
+        }
+        if message.event.as_deref() == Some("MIGRATION") {
+            let status = message.data.get("status").and_then(Value::as_str);
+            if let Some(end) = status.and_then(Migration::read) {
+                seen.send_modify(|seen| seen.migration = Some(end));
+            }
         }
         if message.event.as_deref() == Some("BLOCK_IO_ERROR")
             && message.data.get("action").and_then(Value::as_str) == Some("stop")
