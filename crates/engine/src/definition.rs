@@ -2,7 +2,8 @@
 
 use offshoot_agent_proto::client::SessionCount;
 use offshoot_model::{
-    Attachment, BaseId, Digest, ExitStatus, KernelId, ProcessConfig, VmConfig, VmId, VmName, VmState,
+    Attachment, BaseId, Digest, ExitStatus, KernelId, ProcessConfig, TemplateId, VmConfig, VmId, VmName,
+    VmState,
 };
 use offshoot_store::db::{DbError, VmRow, VmRunUpdate};
 use offshoot_vmm::MachineState;
@@ -27,6 +28,57 @@ pub struct PassedOver {
     pub name: String,
     /// Why not.
     pub reason: String,
+}
+
+/// How a run began.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootNote {
+    /// [`BootNote::COLD`] or [`BootNote::TEMPLATE`], and why.
+    pub choice: Choice,
+    /// Which template it was restored from.
+    #[serde(default)]
+    pub template: Option<TemplateId>,
+}
+
+impl BootNote {
+    /// It booted its kernel.
+    pub const COLD: &str = "cold";
+    /// It was restored from a template.
+    pub const TEMPLATE: &str = "template";
+
+    /// It was restored from this.
+    pub fn template(id: &TemplateId) -> Self {
+        Self {
+            choice: Choice {
+                chosen: Self::TEMPLATE.into(),
+                reasons: vec![format!("restored from template {id}")],
+                passed_over: Vec::new(),
+            },
+            template: Some(id.clone()),
+        }
+    }
+
+    /// It took over a warm slot that was restored from this.
+    pub fn slot(id: &TemplateId) -> Self {
+        let mut note = Self::template(id);
+        note.choice.reasons = vec![format!("took over a warm slot of template {id}")];
+        note
+    }
+
+    /// It booted its kernel, because of this.
+    pub fn cold(reason: &str) -> Self {
+        Self {
+            choice: Choice {
+                chosen: Self::COLD.into(),
+                reasons: vec![reason.into()],
+                passed_over: vec![PassedOver {
+                    name: Self::TEMPLATE.into(),
+                    reason: reason.into(),
+                }],
+            },
+            template: None,
+        }
+    }
 }
 
 /// What was asked for and decided, fixed at creation.
@@ -89,6 +141,8 @@ pub struct Life {
     pub held: bool,
     /// Somebody removed it: whatever comes between, it is brought to that end.
     pub removing: bool,
+    /// How the current or last run began, where that was decided.
+    pub boot: Option<BootNote>,
     /// What of the running VM does not work any more. Not stored: whoever takes a VM over finds it out.
     pub degraded: Vec<String>,
     /// How many sessions the running guest has. Not stored: the agent tells whoever asks.
@@ -107,6 +161,7 @@ impl Life {
             failure: Vec::new(),
             held: false,
             removing: false,
+            boot: None,
             degraded: Vec::new(),
             sessions: SessionCount::default(),
         }
@@ -123,6 +178,7 @@ impl Life {
             failure: self.failure.clone(),
             held: self.held,
             removing: self.removing,
+            boot: self.boot.as_ref().map(json),
         }
     }
 }
@@ -134,6 +190,12 @@ impl Default for Life {
 }
 
 impl VmRecord {
+    /// Whether it runs in memory that it has in common with this template.
+    pub fn runs_from(&self, template: &TemplateId) -> bool {
+        let boot = self.life.boot.as_ref();
+        self.life.state.has_vmm() && boot.is_some_and(|boot| boot.template.as_ref() == Some(template))
+    }
+
     /// The row that holds it.
     pub fn to_row(&self) -> VmRow {
         let VmRunUpdate {
@@ -145,6 +207,7 @@ impl VmRecord {
             failure,
             held,
             removing,
+            boot,
         } = self.life.to_update();
         VmRow {
             id: self.id.clone(),
@@ -163,6 +226,7 @@ impl VmRecord {
             failure,
             held,
             removing,
+            boot,
         }
     }
 
@@ -192,6 +256,7 @@ impl VmRecord {
                 failure: row.failure,
                 held: row.held,
                 removing: row.removing,
+                boot: row.boot.as_deref().map(parse).transpose()?,
                 degraded: Vec::new(),
                 sessions: SessionCount::default(),
             },

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::{Arc, PoisonError, RwLock, Weak};
 
 use offshoot_model::{
-    Attachment, BaseId, ConfigError, Digest, EventAction, Finding, ImageConfig, KernelId, VmConfig, VmId,
-    VmName,
+    Attachment, BaseId, ConfigError, Digest, EventAction, Finding, ImageConfig, KernelId, ProcessConfig,
+    VmConfig, VmId, VmName,
 };
 use offshoot_store::db::{Db, DbError, NewEvent};
 
@@ -17,11 +17,14 @@ use crate::definition::{Choice, Life, VmDefinition, VmRecord};
 use crate::error::VmError;
 use crate::events::EventLog;
 use crate::networks::{self, Changing, Networks};
-use crate::operation::{self, Stages};
+use crate::operation::{self, Stages, Subject};
+use crate::operation_log::OperationLog;
 use crate::output::OutputLog;
-use crate::owner::{Owner, VmHandle, now_ms};
+use crate::owner::{Beginning, Owner, VmHandle, now_ms};
 use crate::paths::VmPaths;
 use crate::preflight::Preflight;
+use crate::slots::{Slot, SlotError, Slots};
+use crate::templates::Templates;
 
 /// The numbers and folders an engine works with.
 #[derive(Clone, Debug)]
@@ -48,6 +51,8 @@ pub struct Parts {
     pub networks: Networks,
     /// What every VM is put together from, in the order they start.
     pub capabilities: Vec<Arc<dyn Capability>>,
+    /// What VMs are restored from; absent where all boot their kernels.
+    pub templates: Option<Arc<Templates>>,
 }
 
 impl Parts {
@@ -61,7 +66,10 @@ impl Parts {
 pub(crate) struct Core {
     pub(crate) parts: Parts,
     pub(crate) events: EventLog,
+    pub(crate) operations: OperationLog,
     pub(crate) preflight: Preflight,
+    /// VMs that are nobody's yet.
+    pub(crate) slots: Arc<Slots>,
     /// Turns to look for what an earlier run left.
     pub(crate) looking: tokio::sync::Semaphore,
 }
@@ -136,7 +144,9 @@ impl Engine {
         make_folders(&parts.config)?;
         let core = Arc::new(Core {
             events: EventLog::new(parts.db.clone()),
+            operations: OperationLog::new(parts.db.clone()),
             preflight: Preflight::new(parts.capabilities.clone()),
+            slots: Arc::default(),
             looking: tokio::sync::Semaphore::new(LOOKS_AT_ONCE),
             parts,
         });
@@ -155,7 +165,13 @@ impl Engine {
             let id = record.id.clone();
             let path = core.parts.paths(&id).output();
             let output = OutputLog::open(&path).map_err(|source| EngineStartError::Io { path, source })?;
-            let handle = Owner::spawn(Arc::clone(&core), Arc::clone(&registry), record, output, true);
+            let handle = Owner::spawn(
+                Arc::clone(&core),
+                Arc::clone(&registry),
+                record,
+                output,
+                Beginning::Found,
+            );
             registry.add(id, handle);
         }
         let engine = Self {
@@ -171,6 +187,13 @@ impl Engine {
 
     /// Creates a VM: checks the request, chooses name and user id, writes the row. Nothing runs yet, no file exists.
     pub async fn create(&self, request: CreateRequest) -> Result<VmHandle, VmError> {
+        let subject = Subject::named(request.config.image.clone());
+        self.create_within(request, self.core.operations.begin("create", subject))
+            .await
+    }
+
+    /// The same, as the last stages of an operation that began before.
+    pub async fn create_within(&self, request: CreateRequest, stages: Stages) -> Result<VmHandle, VmError> {
         request.config.validate().map_err(VmError::Config)?;
         let process = if request.config.init {
             None
@@ -183,23 +206,53 @@ impl Engine {
             )
         };
         let stop_signal = stop_signal(&request.image_config.stop_signal)?;
-        let mut stages = Stages::begin("create");
-        let id = VmId::from_bytes(&random::<8>()?);
-        let creating = self.creating.lock().await;
+        let mut slot = self.core.slots.take(&request).map(Box::new);
+        let created = self
+            .create_in(&mut slot, request, process, stop_signal, stages)
+            .await;
+        // What did not become a VM.
+        if let Some(slot) = slot {
+            slot.end(&self.core).await;
+        }
+        created
+    }
+
+    /// The same, once it is known what it runs; in a warm slot, where there is one for it, which is taken out.
+    async fn create_in(
+        &self,
+        slot: &mut Option<Box<Slot>>,
+        request: CreateRequest,
+        process: Option<ProcessConfig>,
+        stop_signal: u32,
+        mut stages: Stages,
+    ) -> Result<VmHandle, VmError> {
+        let id = match slot {
+            Some(slot) => slot.record.id.clone(),
+            None => VmId::from_bytes(&random::<8>()?),
+        };
+        let creating = stages.step("turn", self.creating.lock()).await;
         let name = match &request.config.name {
             Some(name) => name.clone(),
             None => self.free_name()?,
         };
         let (base, count) = (self.core.parts.config.uid_base, self.core.parts.config.uid_count);
-        let uid = self
-            .db()
-            .call(move |db| db.free_uid(base, count))
-            .await?
-            .ok_or(VmError::NoUid { count })?;
+        let uid = stages
+            .stage("uid", async {
+                if let Some(slot) = slot {
+                    return Ok(slot.record.uid);
+                }
+                let free = self.db().call(move |db| db.free_uid(base, count)).await?;
+                let free = free.filter(|uid| !self.core.slots.has_uid(*uid));
+                free.ok_or(VmError::NoUid { count })
+            })
+            .await?;
         // Held until the row is written that takes the address.
-        let changing = self.networks().change().await;
-        let attachment = stages
-            .stage("network", self.attach(&changing, &request.config))
+        let (changing, attachment) = stages
+            .stage("network", async {
+                let changing = self.networks().change().await;
+                let attachment = self.attach(&changing, &request.config).await?;
+                Ok::<_, VmError>((changing, attachment))
+            })
             .await?;
         let address = attachment.as_ref().map(networks::address_row);
         let record = VmRecord {
@@ -239,12 +292,16 @@ impl Engine {
             )
             .await?;
         drop(changing);
+        stages.set_subject(Subject {
+            vm: Some(id.clone()),
+            name: record.name.to_string(),
+        });
         let handle = Owner::spawn(
             Arc::clone(&self.core),
             Arc::clone(&self.registry),
             record,
             output,
-            false,
+            Beginning::New(slot.take()),
         );
         self.registry.add(id, handle.clone());
         drop(creating);
@@ -325,6 +382,32 @@ impl Engine {
     /// The networks that VMs are on.
     pub fn networks(&self) -> &Networks {
         &self.core.parts.networks
+    }
+
+    /// Where the time of operations went.
+    pub fn operations(&self) -> &OperationLog {
+        &self.core.operations
+    }
+
+    /// What VMs are restored from.
+    pub fn templates(&self) -> Option<&Arc<Templates>> {
+        self.core.parts.templates.as_ref()
+    }
+
+    /// VMs that are nobody's yet.
+    pub fn slots(&self) -> &Slots {
+        &self.core.slots
+    }
+
+    /// Makes warm slots until there are so many for each of these kinds of VM, when no VM is being created or started, and ends
+    /// those that nobody wants any more.
+    pub async fn fill_slots(&self, wanted: &[(CreateRequest, usize)]) -> Result<(), SlotError> {
+        self.core.slots.fill(&self.core, wanted).await
+    }
+
+    /// Ends every warm slot; no more are made.
+    pub async fn end_slots(&self) {
+        self.core.slots.end(&self.core).await;
     }
 
     /// What happened.

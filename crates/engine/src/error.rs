@@ -71,6 +71,16 @@ pub enum VmError {
         /// How to get it.
         hint: String,
     },
+    /// It was to be restored from a template.
+    #[error("cannot start VM `{name}` from a template: {reason}")]
+    NoTemplate {
+        /// The VM.
+        name: VmName,
+        /// Why not.
+        reason: String,
+        /// What to do.
+        hint: String,
+    },
     /// The kernel gave no random bytes for an id.
     #[error("no random bytes for an id")]
     Random(#[source] std::io::Error),
@@ -147,7 +157,9 @@ impl Explain for VmError {
             Self::NotFound { .. } | Self::Removed { .. } => ErrorKind::NotFound,
             Self::Ambiguous { .. } | Self::Config(_) => ErrorKind::InvalidRequest,
             Self::WrongState { .. } | Self::NoAgent { .. } => ErrorKind::WrongState,
-            Self::NotPossible { .. } | Self::NoUid { .. } | Self::Unfit { .. } => ErrorKind::NotPossible,
+            Self::NotPossible { .. } | Self::NoTemplate { .. } | Self::NoUid { .. } | Self::Unfit { .. } => {
+                ErrorKind::NotPossible
+            }
             Self::Stage { source, .. } | Self::Machine { source, .. } => source.0.kind(),
             Self::Cancelled { .. } => ErrorKind::Cancelled,
             Self::Network(error) => error.kind(),
@@ -167,7 +179,11 @@ impl Explain for VmError {
         match self {
             Self::NotFound { .. } => vec!["see what there is with `offshoot ps -a`".into()],
             Self::Ambiguous { .. } => vec!["give more digits, or the name; see `offshoot ps -a`".into()],
-            Self::WrongState { hint, .. } | Self::NotPossible { hint, .. } => vec![hint.clone()],
+            Self::WrongState { hint, .. }
+            | Self::NotPossible { hint, .. }
+            | Self::NoTemplate { hint, .. } => {
+                vec![hint.clone()]
+            }
             Self::Config(ConfigError::NoCommand) => {
                 vec!["name one after the image: `offshoot run IMAGE COMMAND`".into()]
             }

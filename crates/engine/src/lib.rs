@@ -10,9 +10,12 @@
 //!
 //! Read in this order: [`request`] says which request is legal when; [`admission`] which VM fits this host;
 //! [`capability`] is what a VM is put together from; [`run`] is one run of a VM; [`operation`] puts hooks into timed
-//! stages and undoes them; [`owner`] is the task that owns a VM; [`engine`] keeps all owners; [`reconcile`] mends what a
+//! stages and undoes them, [`operation_log`] keeps them; [`owner`] is the task that owns a VM; [`engine`] keeps all owners; [`reconcile`] mends what a
 //! crash left. [`output`] is what the main process wrote, [`events`] what happened, [`measure`] the same as
-//! numbers. [`networks`] are what VMs are on, [`zone`] what they are called there.
+//! numbers. [`networks`] are what VMs are on, [`tap_pool`] their TAPs before they have them, [`zone`] what they are called there.
+//!
+//! [`templates`] are VMs that were booted once and saved, so that others need not; [`slots`] are VMs that
+//! were restored from them and wait for somebody.
 //!
 //! Not here: HTTP, images, how a base is made. Back ends come in as values ([`engine::Parts`]).
 
@@ -31,6 +34,7 @@ mod exit;
 pub mod fail_point;
 pub mod measure;
 pub mod operation;
+pub mod operation_log;
 pub mod output;
 
 pub mod engine;
@@ -42,4 +46,7 @@ pub mod owner;
 mod preflight;
 pub mod reconcile;
 mod restart;
+pub mod slots;
+pub mod tap_pool;
+pub mod templates;
 pub mod zone;

@@ -7,7 +7,7 @@
 use std::time::Duration;
 
 use metrics::{counter, histogram};
-use offshoot_model::{EventAction, ExitReason, StageOutcome, StageTiming};
+use offshoot_model::{EventAction, ExitReason, OperationOutcome};
 
 /// Counter: operations by kind and outcome.
 pub const OPERATIONS: &str = "offshoot_operations_total";
@@ -19,15 +19,19 @@ pub const STAGE_SECONDS: &str = "offshoot_stage_duration_seconds";
 pub const EVENTS: &str = "offshoot_events_total";
 /// Counter: ends of runs by reason.
 pub const EXITS: &str = "offshoot_exits_total";
+/// Counter: TAPs that starts asked a pool for, by outcome.
+pub const TAP_CLAIMS: &str = "offshoot_tap_pool_claims_total";
+/// Counter: VMs that were created while warm slots were ready, by outcome.
+pub const SLOT_CLAIMS: &str = "offshoot_warm_slot_claims_total";
 
 /// A stage ended.
 pub(crate) fn stage(operation: &'static str, stage: &str, duration: Duration) {
     histogram!(STAGE_SECONDS, "operation" => operation, "stage" => stage.to_owned()).record(duration);
 }
 
-/// An operation ended, after these stages.
-pub(crate) fn operation(kind: &'static str, stages: &[StageTiming], duration: Duration) {
-    counter!(OPERATIONS, "operation" => kind, "outcome" => outcome(stages)).increment(1);
+/// An operation ended so.
+pub(crate) fn operation(kind: &'static str, outcome: OperationOutcome, duration: Duration) {
+    counter!(OPERATIONS, "operation" => kind, "outcome" => outcome.as_str()).increment(1);
     histogram!(OPERATION_SECONDS, "operation" => kind).record(duration);
 }
 
@@ -41,13 +45,14 @@ pub(crate) fn exit(reason: ExitReason) {
     counter!(EXITS, "reason" => reason_word(reason)).increment(1);
 }
 
-/// How an operation ended, out of its stages: one that failed, or that was undone, failed the whole.
-fn outcome(stages: &[StageTiming]) -> &'static str {
-    if stages.iter().all(|stage| stage.outcome == StageOutcome::Done) {
-        "done"
-    } else {
-        "failed"
-    }
+/// A start asked a pool for a TAP, and got one that was ready, or not.
+pub(crate) fn tap_claim(ready: bool) {
+    counter!(TAP_CLAIMS, "outcome" => if ready { "hit" } else { "miss" }).increment(1);
+}
+
+/// A VM was created while warm slots were ready, and one of them fitted, or none.
+pub(crate) fn slot_claim(fits: bool) {
+    counter!(SLOT_CLAIMS, "outcome" => if fits { "hit" } else { "miss" }).increment(1);
 }
 
 /// The word that the API has for it.
@@ -87,30 +92,6 @@ mod tests {
     }
 
     #[test]
-    fn an_operation_fails_with_any_of_its_stages() {
-        let stages = |outcomes: &[StageOutcome]| -> Vec<StageTiming> {
-            let timing = |outcome: &StageOutcome| StageTiming {
-                operation: "start".into(),
-                stage: "root.prepare".into(),
-                start_us: 0,
-                duration_us: 1,
-                outcome: *outcome,
-            };
-            outcomes.iter().map(timing).collect()
-        };
-        use StageOutcome as O;
-        for (outcomes, expected) in [
-            (&[][..], "done"),
-            (&[O::Done, O::Done], "done"),
-            (&[O::Done, O::Failed], "failed"),
-            // What was undone is followed by the stages that undid it.
-            (&[O::Undone, O::Done], "failed"),
-        ] {
-            assert_eq!(outcome(&stages(outcomes)), expected, "{outcomes:?}");
-        }
-    }
-
-    #[test]
     fn operations_and_their_stages_are_counted() {
         let recorder = PrometheusBuilder::new().build_recorder();
         let handle = recorder.handle();
@@ -121,7 +102,7 @@ mod tests {
                 done.stage("root.prepare", async { Ok::<_, ()>(()) })
                     .await
                     .unwrap();
-                drop(done.into_timings());
+                drop(done);
                 let mut failed = Stages::begin("start");
                 failed
                     .stage("root.prepare", async { Err::<(), _>(()) })

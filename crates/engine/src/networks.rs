@@ -26,6 +26,7 @@ use tokio::sync::{Mutex, MutexGuard};
 
 use crate::error::StageFailure;
 use crate::owner::now_ms;
+use crate::tap_pool::TapPool;
 
 /// Packets as Ethernet has them; what lies beyond the host takes no larger ones either.
 const MTU: u32 = 1500;
@@ -37,6 +38,8 @@ pub struct NetworksConfig {
     pub pool: Ipv4Net,
     /// The daemon's data directory: bridges of another daemon have other names.
     pub data_dir: PathBuf,
+    /// How many idle TAPs each bridge shall have.
+    pub tap_pool_size: usize,
 }
 
 /// Why networks could not be opened.
@@ -205,6 +208,7 @@ pub struct Networks {
 struct Inner {
     db: Db,
     links: Links,
+    taps: TapPool,
     ports: Arc<dyn HostPorts>,
     config: NetworksConfig,
     /// What the database holds.
@@ -235,6 +239,7 @@ impl Networks {
         Ok(Self {
             inner: Arc::new(Inner {
                 db,
+                taps: TapPool::new(links.clone(), config.tap_pool_size),
                 links,
                 ports,
                 config,
@@ -252,6 +257,17 @@ impl Networks {
     /// The interfaces of that namespace.
     pub fn links(&self) -> &Links {
         &self.inner.links
+    }
+
+    /// Idle TAPs, and the lock of bridges.
+    pub fn taps(&self) -> &TapPool {
+        &self.inner.taps
+    }
+
+    /// Removes idle TAPs, and bridges without VMs, for good: no start of this daemon finds one any more.
+    pub async fn drain(&self) -> Result<(), LinkError> {
+        let plans = self.list().iter().map(|network| bridge_plan(network)).collect();
+        self.taps().drain(plans).await
     }
 
     /// Where subnets come from.
@@ -289,7 +305,7 @@ impl Networks {
             .ok_or_else(|| NetworkError::NotFound { name: name.clone() })?;
         let (db, row) = (&self.inner.db, name.clone());
         // Before the row, which says what the bridge is called. One that is in use stays.
-        self.links().remove_idle_bridge(&bridge_plan(&network)).await?;
+        self.taps().clear(&bridge_plan(&network)).await?;
         let vms = db.call(move |db| db.remove_network(&row)).await?;
         if !vms.is_empty() {
             return Err(NetworkError::InUse {

@@ -28,6 +28,9 @@ impl Engine {
     pub async fn reconcile(&self) -> Vec<String> {
         operation::within(operation::new_id(), async {
             self.tend_all().await;
+            if let Some(templates) = self.templates() {
+                templates.unload_idle();
+            }
             self.remove_leftovers().await
         })
         .await
@@ -103,9 +106,10 @@ impl Engine {
         &self.parts().capabilities
     }
 
-    /// Whether there is such a VM.
+    /// Whether there is such a VM, or one that becomes a template or waits for somebody.
     pub fn knows(&self, id: &VmId) -> bool {
-        self.find_id(id).is_some()
+        let becomes = |templates: &std::sync::Arc<crate::templates::Templates>| templates.is_maker(id);
+        self.slots().knows(id) || self.templates().is_some_and(becomes) || self.find_id(id).is_some()
     }
 }
 

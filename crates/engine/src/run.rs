@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use offshoot_agent_proto::client::{AgentClient, SessionCount};
 use offshoot_agent_proto::v1;
 use offshoot_model::{ByteSize, VmId};
-use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice};
+use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice, Origin};
 use offshoot_vmm::{ExitCause, LaunchPlan, Machine};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -18,6 +18,7 @@ use crate::exit::Gone;
 use crate::output::OutputLog;
 use crate::paths::VmPaths;
 use crate::shares::Shares;
+use crate::slots::Warm;
 
 /// How a run is brought to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +123,8 @@ pub struct Run {
     pub booted: CancellationToken,
     /// The virtiofsds that serve it.
     pub shares: Shares,
+    /// What it goes on with that took over a warm slot.
+    pub(crate) warm: Option<Warm>,
     agent: AgentSlot,
     health: Health,
     sessions: Sessions,
@@ -152,6 +155,7 @@ impl Run {
             booted: over.child_token(),
             over,
             shares: Shares::default(),
+            warm: None,
             health: Health(Arc::new(watch::Sender::new(Vec::new()))),
             sessions: Sessions(Arc::new(watch::Sender::new(SessionCount::default()))),
             agent: AgentSlot(Arc::new(watch::Sender::new(None))),
@@ -166,6 +170,25 @@ impl Run {
                 causes: Vec::new(),
             }),
         }
+    }
+
+    /// The same for a VM that takes over a warm slot: its VMM runs, its disks are mounted, its agent is connected.
+    pub(crate) fn of_slot(
+        vm: Arc<VmRecord>,
+        paths: VmPaths,
+        plan: VmPlan,
+        output: OutputLog,
+        warm: Warm,
+    ) -> Self {
+        let mut run = Self::new(vm, paths, plan, output);
+        run.set_machine(Arc::clone(&warm.machine));
+        run.warm = Some(warm);
+        run
+    }
+
+    /// Whether it takes over a warm slot: what a slot has is there already.
+    pub fn is_warm(&self) -> bool {
+        self.warm.is_some()
     }
 
     fn notes(&self) -> MutexGuard<'_, Notes> {
@@ -355,6 +378,7 @@ pub fn empty_plan(vm: VmId) -> VmPlan {
             nets: Vec::new(),
             agent: AgentChannel::VirtioSerial,
             identity: None,
+            origin: Origin::Kernel,
             cgroups: Vec::new(),
         },
     }

@@ -121,6 +121,9 @@ impl Capability for AdmissionCapability {
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
+        if run.is_warm() {
+            return Ok(());
+        }
         let memory = run.vm.definition.config.memory;
         let admitted = host().and_then(|host| {
             let admit = |promised| admit_start(&self.rules, &host, promised, memory);

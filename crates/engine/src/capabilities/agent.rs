@@ -1,16 +1,18 @@
 //! The agent: the conversation with the guest, from its first word to its last.
 
-use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use async_trait::async_trait;
 use offshoot_agent_proto::client::{AgentClient, CallError, ConnectError, SessionCount};
 use offshoot_agent_proto::v1;
-use offshoot_model::{ErrorKind, Explain, Finding};
+use offshoot_model::{ErrorKind, Explain, Finding, VmId};
+use offshoot_vmm::plan::Origin;
 use offshoot_vmm::{AgentEndpoint, ExitCause, Machine};
+use sha2::{Digest as _, Sha256};
 
 use crate::capability::{Capability, CapabilityError};
 use crate::run::{AgentSlot, Run, Sessions};
+use crate::templates;
 
 /// Connects to the agent, makes the guest this VM, and shuts it down.
 pub struct AgentCapability {
@@ -29,8 +31,8 @@ enum AgentError {
     Connect(#[source] ConnectError),
     #[error("the guest cannot become this VM")]
     Configure(#[source] CallError),
-    #[error("the VMM of an earlier daemon offers no way to the agent that this one knows")]
-    Endpoint,
+    #[error("there is no VMM to ask for the agent")]
+    NoMachine,
     #[error("no random bytes for the guest")]
     Entropy(#[source] std::io::Error),
 }
@@ -57,6 +59,8 @@ impl Explain for AgentError {
     }
 }
 
+/// How long a guest may take to answer that was restored: it has nothing to do but that.
+const GO_ON: Duration = Duration::from_secs(20);
 /// How often a lost agent is looked for again, at first; doubled up to a second.
 const RETRY: Duration = Duration::from_millis(20);
 /// A guest that opens and closes sessions all the time is not followed faster than this.
@@ -70,24 +74,54 @@ const LAST_WORDS: usize = 400;
 impl AgentCapability {
     /// Waits for the guest's first word, its end, or the time limit.
     async fn first_contact(&self, run: &Run) -> Result<AgentClient, AgentError> {
-        let machine = run.machine().ok_or(AgentError::Endpoint)?;
-        let path = endpoint(machine.agent_endpoint())?;
+        let machine = run.machine().ok_or(AgentError::NoMachine)?;
+        let door = Door::of(&*machine);
+        let limit = match run.plan.launch.origin {
+            Origin::Template(_) => self.boot_timeout.min(GO_ON),
+            _ => self.boot_timeout,
+        };
         tokio::select! {
-            connected = AgentClient::connect_unix_link(&path) => connected.map_err(AgentError::Connect),
+            connected = door.enter() => connected.map_err(AgentError::Connect),
             exit = machine.wait_exit() => {
                 Err(AgentError::Ended { exit: exit.cause, console: console_tail(&*machine).await })
             }
-            () = tokio::time::sleep(self.boot_timeout) => {
-                Err(AgentError::Timeout { limit: self.boot_timeout, console: console_tail(&*machine).await })
+            () = tokio::time::sleep(limit) => {
+                Err(AgentError::Timeout { limit, console: console_tail(&*machine).await })
             }
         }
     }
 }
 
-fn endpoint(endpoint: &AgentEndpoint) -> Result<PathBuf, AgentError> {
-    match endpoint {
-        AgentEndpoint::UnixLink(path) => Ok(path.clone()),
-        _ => Err(AgentError::Endpoint),
+/// The machine-id(5) of a VM: the same at each of its starts, and no other VM's.
+fn machine_id(vm: &VmId) -> String {
+    let hash = Sha256::digest(format!("offshoot machine-id {vm}"));
+    hash[..16].iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The way to one guest's agent.
+#[derive(Clone)]
+struct Door {
+    endpoint: AgentEndpoint,
+    /// The VMM.
+    pid: u32,
+}
+
+impl Door {
+    fn of(machine: &dyn Machine) -> Self {
+        Self {
+            endpoint: machine.agent_endpoint().clone(),
+            pid: machine.state().process.pid,
+        }
+    }
+
+    /// Connects, however long the guest takes to boot. Dropping the future is safe.
+    async fn enter(&self) -> Result<AgentClient, ConnectError> {
+        match &self.endpoint {
+            AgentEndpoint::UnixLink(path) => AgentClient::connect_unix_link(path).await,
+            AgentEndpoint::HybridVsock { path, port } => {
+                AgentClient::connect_hybrid_vsock(path, *port, Some(self.pid)).await
+            }
+        }
     }
 }
 
@@ -114,7 +148,7 @@ fn keep_connected(run: &Run, link: RunLink) {
 
 /// What the keeper needs of a run without holding the run itself.
 struct RunLink {
-    path: PathBuf,
+    door: Door,
     agent: AgentSlot,
 }
 
@@ -127,7 +161,7 @@ impl RunLink {
             }
             let mut pause = RETRY;
             loop {
-                match AgentClient::connect_unix_link(&self.path).await {
+                match self.door.enter().await {
                     Ok(client) => {
                         self.agent.set(Some(client));
                         break;
@@ -206,9 +240,13 @@ impl Capability for AgentCapability {
 
     async fn after_boot(&self, run: &Run) -> Result<(), CapabilityError> {
         let began = std::time::Instant::now();
-        let agent = self.first_contact(run).await.map_err(boxed)?;
+        let agent = match &run.warm {
+            Some(warm) => warm.agent.clone(),
+            None => self.first_contact(run).await.map_err(boxed)?,
+        };
         run.booted.cancel();
-        run.note_guest_stage("boot", began.elapsed());
+        let restored = matches!(run.plan.launch.origin, Origin::Template(_));
+        run.note_guest_stage(if restored { "answer" } else { "boot" }, began.elapsed());
         let mut entropy = vec![0; 64];
         offshoot_sys::random::fill(&mut entropy).map_err(|source| boxed(AgentError::Entropy(source)))?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
@@ -216,18 +254,27 @@ impl Capability for AgentCapability {
             hostname: run.vm.name.to_string(),
             realtime_ns: u64::try_from(now.as_nanos()).unwrap_or(u64::MAX),
             entropy: entropy.into(),
+            machine_id: machine_id(&run.vm.id),
+            restored: restored.then(|| v1::Restored {
+                mac: templates::MAC.to_string(),
+            }),
             ..run.plan.guest.clone()
         };
         if let (Some(ssh), Some(key)) = (&mut request.ssh, run.host_key()) {
             ssh.host_key = key;
         }
-        let configured = tokio::time::timeout(self.boot_timeout, agent.configure(request)).await;
+        // A restored one that hangs shall not hold its VM up for as long as a boot may take: it is booted instead.
+        let limit = if restored {
+            self.boot_timeout.min(GO_ON)
+        } else {
+            self.boot_timeout
+        };
+        let configured = tokio::time::timeout(limit, agent.configure(request)).await;
         let Ok(configured) = configured else {
             let console = match run.machine() {
                 Some(machine) => console_tail(&*machine).await,
                 None => String::new(),
             };
-            let limit = self.boot_timeout;
             return Err(boxed(AgentError::Timeout { limit, console }));
         };
         let stages = configured.map_err(|source| boxed(AgentError::Configure(source)))?;
@@ -242,11 +289,11 @@ impl Capability for AgentCapability {
         let Some(machine) = run.machine() else {
             return Ok(());
         };
-        let path = endpoint(machine.agent_endpoint()).map_err(boxed)?;
+        let door = Door::of(&*machine);
         keep_connected(
             run,
             RunLink {
-                path,
+                door,
                 agent: run.agent_slot(),
             },
         );

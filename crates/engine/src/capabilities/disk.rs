@@ -3,8 +3,8 @@
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 
-use offshoot_model::{ErrorKind, Explain};
-use offshoot_rootfs::seed::SeedError;
+use offshoot_model::{ByteSize, ErrorKind, Explain};
+use offshoot_rootfs::base::DiskError as MakeError;
 
 use crate::capability::CapabilityError;
 
@@ -15,10 +15,16 @@ enum DiskError {
     Make {
         path: PathBuf,
         #[source]
-        source: SeedError,
+        source: MakeError,
     },
     #[error("cannot give the disk {} to the VMM", path.display())]
     Owner {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("cannot make the disk {} larger", path.display())]
+    Lengthen {
         path: PathBuf,
         #[source]
         source: std::io::Error,
@@ -35,14 +41,16 @@ impl Explain for DiskError {
     fn kind(&self) -> ErrorKind {
         match self {
             Self::Make { source, .. } => source.kind(),
-            Self::Owner { .. } | Self::Remove { .. } => ErrorKind::Internal,
+            Self::Owner { .. } | Self::Lengthen { .. } | Self::Remove { .. } => ErrorKind::Internal,
         }
     }
 
     fn hints(&self) -> Vec<String> {
         match self {
             Self::Make { source, .. } => source.hints(),
-            Self::Owner { .. } | Self::Remove { .. } => vec!["run `offshoot doctor`".into()],
+            Self::Owner { .. } | Self::Lengthen { .. } | Self::Remove { .. } => {
+                vec!["run `offshoot doctor`".into()]
+            }
         }
     }
 }
@@ -52,7 +60,7 @@ impl Explain for DiskError {
 pub(super) async fn ensure(
     disk: PathBuf,
     uid: u32,
-    make: impl FnOnce(&Path) -> Result<(), SeedError> + Send + 'static,
+    make: impl FnOnce(&Path) -> Result<(), MakeError> + Send + 'static,
 ) -> Result<(), CapabilityError> {
     let made = tokio::task::spawn_blocking(move || ensure_blocking(&disk, uid, make)).await;
     match made {
@@ -64,7 +72,7 @@ pub(super) async fn ensure(
 fn ensure_blocking(
     disk: &Path,
     uid: u32,
-    make: impl FnOnce(&Path) -> Result<(), SeedError>,
+    make: impl FnOnce(&Path) -> Result<(), MakeError>,
 ) -> Result<(), DiskError> {
     if disk.exists() {
         return Ok(());
@@ -81,6 +89,17 @@ fn ensure_blocking(
     })?;
     chown(&unfinished, Some(uid), Some(uid)).map_err(owner)?;
     std::fs::rename(&unfinished, disk).map_err(owner)
+}
+
+/// Makes the file of a warm slot's disk as long as the VM's is to be. Its guest is told later.
+pub(super) fn lengthen(disk: PathBuf, size: ByteSize) -> Result<(), CapabilityError> {
+    let grown = std::fs::File::options().write(true).open(&disk).and_then(|file| {
+        if file.metadata()?.len() < size.bytes() {
+            file.set_len(size.bytes())?;
+        }
+        Ok(())
+    });
+    grown.map_err(|source| Box::new(DiskError::Lengthen { path: disk, source }) as CapabilityError)
 }
 
 /// Removes the disk with all that is on it; it is no error if there is none.

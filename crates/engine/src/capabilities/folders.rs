@@ -69,6 +69,9 @@ impl Capability for FoldersCapability {
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
+        if run.is_warm() {
+            return Ok(());
+        }
         let uid = run.vm.uid;
         // The VMM passes through both and opens what is its own. It can make nothing in them: what is read there again,
         // such as which processes are the VM's, is ours.

@@ -260,6 +260,9 @@ impl Capability for LimitsCapability {
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
+        if run.is_warm() {
+            return Ok(());
+        }
         let Ok(tree) = &self.tree else { return Ok(()) };
         let record = GroupRecord {
             group: tree.group(run.vm.id.as_str()),

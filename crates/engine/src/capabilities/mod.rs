@@ -37,6 +37,7 @@ pub use overlay::OverlayCapability;
 pub use root::RootCapability;
 pub use ssh::{SshCapability, port as ssh_port};
 pub use vmm::{Accelerator, VmmCapability};
+pub use vmm_checks::{Device, closed};
 pub use work::WorkCapability;
 
 use offshoot_model::{Finding, Severity};

@@ -5,7 +5,8 @@
 //!        (the only one)                    (made with the first VM that runs, removed with the last)
 //! ```
 //!
-//! The bridge is looked at and changed by one at a time: one without a TAP is idle, and whoever finds it so removes it.
+//! The bridge is looked at and changed by one at a time: one without a TAP is idle, and whoever finds it so removes it. Where
+//! there are pools of TAPs (`crate::tap_pool`), the TAP comes out of one, and the bridge stays for the sake of its pool.
 //!
 //! Not here: what may pass (the firewall's), names, and which address a VM has (`crate::networks`).
 
@@ -20,7 +21,7 @@ use offshoot_model::{
 use offshoot_net::allocate;
 use offshoot_net::links::{Link, LinkError, LinkKind};
 use offshoot_vmm::plan::{NetBackend, NetPlan, TapSlot};
-use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 
 use super::{chain, finding};
 use crate::capability::{Capability, CapabilityError, Known, VmPlan};
@@ -28,6 +29,7 @@ use crate::definition::VmRecord;
 use crate::networks::{Networks, bridge_plan};
 use crate::paths::VmPaths;
 use crate::run::Run;
+use crate::tap_pool::{self, TapPoolFacts};
 
 /// What the name of a VM's TAP begins with; its id follows, and 15 characters are full.
 const TAP_PREFIX: &str = "os-";
@@ -39,8 +41,8 @@ pub struct NetworkCapability {
     networks: Networks,
     /// The domain of VMs' names.
     domain: String,
-    /// Held while a bridge is looked at and changed.
-    bridges: Mutex<()>,
+    /// Keeps pools of TAPs filled.
+    keeper: JoinHandle<()>,
 }
 
 /// The row of a VM's network is gone.
@@ -99,12 +101,12 @@ fn object(kind: ObjectKind, name: &str) -> KernelObject {
 }
 
 impl NetworkCapability {
-    /// For the networks of one daemon.
+    /// For the networks of one daemon. Called within a Tokio runtime.
     pub fn new(networks: Networks, domain: String) -> Self {
         Self {
+            keeper: tokio::spawn(tap_pool::keep(networks.clone())),
             networks,
             domain,
-            bridges: Mutex::default(),
         }
     }
 
@@ -121,7 +123,7 @@ impl NetworkCapability {
     async fn mend(&self, run: &Run, attachment: &Attachment) -> Result<Vec<String>, CapabilityError> {
         let (plan, name) = (bridge_plan(&*self.network(attachment)?), tap_name(&run.vm.id));
         let links = self.networks.links();
-        let _bridges = self.bridges.lock().await;
+        let _bridges = self.networks.taps().bridges().await;
         let Some(tap) = links.find(&name).await.map_err(boxed)? else {
             run.health().degrade(NO_TAP.to_owned());
             return Ok(Vec::new());
@@ -152,11 +154,17 @@ impl NetworkCapability {
                 .collect();
             let (left, in_use): (Vec<_>, Vec<_>) = on_it.into_iter().partition(|link| is_left(link, known));
             found.extend(left.iter().map(|tap| object(ObjectKind::Tap, &tap.name)));
-            if in_use.is_empty() {
+            if in_use.is_empty() && !self.networks.taps().keeps_bridges() {
                 found.push(object(ObjectKind::Bridge, &plan.name));
             }
         }
         found
+    }
+}
+
+impl Drop for NetworkCapability {
+    fn drop(&mut self) {
+        self.keeper.abort();
     }
 }
 
@@ -177,6 +185,7 @@ impl Capability for NetworkCapability {
         let mut findings = vec![
             judge_tun(links.probe_tun()),
             judge_bridge(links.probe_bridge().await),
+            judge_pool(&self.networks.taps().facts()),
         ];
         let looked = async {
             let mut found = Vec::new();
@@ -243,7 +252,8 @@ impl Capability for NetworkCapability {
         };
         let (plan, name) = (bridge_plan(&*self.network(attachment)?), tap_name(&run.vm.id));
         let links = self.networks.links();
-        let _bridges = self.bridges.lock().await;
+        let taps = self.networks.taps();
+        let bridges = taps.bridges().await;
         // With the bridge comes a route; somebody else's may have come while no VM of this network ran.
         if links.find(&plan.name).await.map_err(boxed)?.is_none() {
             let routes = links.routes(&[]).await.map_err(boxed)?;
@@ -256,7 +266,11 @@ impl Capability for NetworkCapability {
             }
         }
         let (bridge, _) = links.ensure_bridge(&plan).await.map_err(boxed)?;
-        let tap = links.create_tap(&name).map_err(boxed)?;
+        if run.is_warm() {
+            // The VMM has had it all the time; it led nowhere.
+            return links.attach(&name, &bridge).await.map_err(boxed);
+        }
+        let tap = taps.tap(&bridges, &bridge, &name).await.map_err(boxed)?;
         // From here on it ends with the run's plan, unless the VMM takes it.
         for net in &run.plan.launch.nets {
             if let NetBackend::TapFd(slot) = &net.backend {
@@ -264,7 +278,7 @@ impl Capability for NetworkCapability {
                 break;
             }
         }
-        links.attach(&name, &bridge).await.map_err(boxed)
+        Ok(())
     }
 
     async fn adopt(&self, run: &Run) -> Result<(), CapabilityError> {
@@ -303,9 +317,12 @@ impl Capability for NetworkCapability {
             }
         }
         let links = self.networks.links();
-        let _bridges = self.bridges.lock().await;
+        let _bridges = self.networks.taps().bridges().await;
         if let Some(tap) = links.find(&tap_name(&run.vm.id)).await.map_err(boxed)? {
             links.remove(&tap).await.map_err(boxed)?;
+        }
+        if self.networks.taps().keeps_bridges() {
+            return Ok(());
         }
         if let Some(network) = self.networks.get(&attachment.network) {
             links
@@ -317,7 +334,7 @@ impl Capability for NetworkCapability {
     }
 
     async fn leftovers(&self, known: Known<'_>) -> Vec<KernelObject> {
-        let _bridges = self.bridges.lock().await;
+        let _bridges = self.networks.taps().bridges().await;
         match self.networks.links().list().await {
             Ok(links) => self.idle(&links, known),
             Err(error) => {
@@ -329,7 +346,7 @@ impl Capability for NetworkCapability {
 
     async fn remove_leftover(&self, object: &KernelObject) -> Result<(), CapabilityError> {
         let links = self.networks.links();
-        let _bridges = self.bridges.lock().await;
+        let _bridges = self.networks.taps().bridges().await;
         if object.kind == ObjectKind::Bridge {
             // It may be in use by now.
             for network in self.networks.list() {
@@ -382,6 +399,23 @@ fn judge_bridge(probe: Result<(), LinkError>) -> Finding {
     }
 }
 
+fn judge_pool(facts: &TapPoolFacts) -> Finding {
+    let TapPoolFacts {
+        size, ready, wanted, ..
+    } = facts;
+    match &facts.failure {
+        Some(failure) => warning(
+            "tap-pool-unfilled",
+            format!("{ready} of {wanted} TAPs are ready: {failure}"),
+            "starts make their TAPs themselves, which takes them a moment longer",
+            "look at the daemon's log; `tap_pool_size = 0` in its config makes do without a pool",
+        ),
+        None if *size == 0 => Finding::ok("network", "no TAPs are kept ready").id("tap-pool"),
+        // Fewer than wanted are there for a moment after each start.
+        None => Finding::ok("network", format!("{ready} of {wanted} TAPs are ready")).id("tap-pool"),
+    }
+}
+
 fn name_taken(network: &Network) -> Finding {
     warning(
         "bridge-name-taken",
@@ -426,6 +460,22 @@ mod tests {
             assert_eq!((found.severity, found.id.as_str()), (Severity::Warning, id));
             assert!(!found.cost.is_empty() && !found.hint.is_empty(), "{found:?}");
         }
+        let unfilled = TapPoolFacts {
+            size: 4,
+            ready: 1,
+            wanted: 4,
+            failure: Some("no room".into()),
+        };
+        let found = judge_pool(&unfilled);
+        assert_eq!(
+            (found.severity, found.id.as_str()),
+            (Severity::Warning, "tap-pool-unfilled")
+        );
+        assert!(
+            found.message.contains("1 of 4") && found.message.contains("no room"),
+            "{found:?}"
+        );
+        assert_eq!(judge_pool(&TapPoolFacts::default()).severity, Severity::Ok);
         assert_eq!(judge_tun(Ok(())).severity, Severity::Ok);
         assert_eq!(judge_bridge(Ok(())).severity, Severity::Ok);
     }

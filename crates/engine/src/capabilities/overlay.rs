@@ -6,7 +6,6 @@ use async_trait::async_trait;
 use offshoot_model::Finding;
 use offshoot_rootfs::base::BaseStore;
 use offshoot_rootfs::policy::RootKind;
-use offshoot_rootfs::seed::clone_seed;
 use offshoot_vmm::plan::DiskPlan;
 
 use super::{blocking, disk, host_disk, root};
@@ -19,7 +18,7 @@ const NAME: &str = "overlay";
 /// The serial under which the guest finds its overlay disk.
 const SERIAL: &str = "overlay";
 
-/// Clones the base's overlay seed on the first start.
+/// Clones the base's overlay seed on the first start, or makes the disk where the base has none.
 pub struct OverlayCapability {
     /// All bases.
     pub bases: Arc<BaseStore>,
@@ -65,10 +64,13 @@ impl Capability for OverlayCapability {
         if !needed(&run.vm)? {
             return Ok(());
         }
-        let seed = self.bases.locate(&run.vm.base_id).overlay_seed();
+        let (bases, base) = (Arc::clone(&self.bases), run.vm.base_id.clone());
         let size = run.vm.definition.config.disk;
+        if run.is_warm() {
+            return disk::lengthen(run.paths.overlay(), size);
+        }
         disk::ensure(run.paths.overlay(), run.vm.uid, move |path| {
-            clone_seed(&seed, path, size).map(drop)
+            bases.make_overlay_disk(&base, path, size).map(drop)
         })
         .await
     }

@@ -275,7 +275,7 @@ impl Capability for RootCapability {
                 let size = run.vm.definition.config.disk;
                 drop(base);
                 disk::ensure(run.paths.root_copy(), run.vm.uid, move |path| {
-                    make_copy(&tree, path, size)
+                    Ok(make_copy(&tree, path, size)?)
                 })
                 .await
             }

@@ -8,8 +8,8 @@ use std::time::Duration;
 use async_trait::async_trait;
 use offshoot_model::{ByteSize, ErrorKind, Explain, Finding, KernelObject, ObjectKind, VmId};
 use offshoot_sys::kvm::KvmProbe;
-use offshoot_vmm::plan::{Accel, AgentChannel, VmmIdentity};
-use offshoot_vmm::{Driver, Machine, MachineState};
+use offshoot_vmm::plan::{Accel, Origin, SavedGuest, VmmIdentity};
+use offshoot_vmm::{Driver, Machine, MachineState, policy};
 use tokio::sync::Semaphore;
 
 use super::folders::entries;
@@ -55,6 +55,25 @@ struct NoDriver {
     kind: String,
 }
 
+/// A disk of the VM's own is not there.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot look at the disk {}", path.display())]
+struct NoDisk {
+    path: PathBuf,
+    #[source]
+    source: std::io::Error,
+}
+
+impl Explain for NoDisk {
+    fn kind(&self) -> ErrorKind {
+        ErrorKind::Internal
+    }
+
+    fn hints(&self) -> Vec<String> {
+        vec!["run `offshoot doctor`".into()]
+    }
+}
+
 impl Explain for NoDriver {
     fn kind(&self) -> ErrorKind {
         ErrorKind::NotPossible
@@ -80,7 +99,7 @@ impl VmmCapability {
     /// A kernel that gets no processor for seconds while it measures its timer takes it for broken ("APIC frequency too
     /// slow") and falls back to the interval timer, which stops for good in one of twenty guests of a busy host.
     async fn wait_for_a_boot(&self, run: &Run) {
-        if self.accelerator.accel != Accel::Tcg {
+        if run.plan.launch.accel != Accel::Tcg {
             return;
         }
         // Nobody closes it.
@@ -125,12 +144,12 @@ impl Capability for VmmCapability {
         let config = &vm.definition.config;
         launch.cpus = config.cpus;
         launch.memory = ByteSize::from_mib(config.memory.mib());
-        launch.accel = self.accelerator.accel;
-        launch.agent = AgentChannel::VirtioSerial;
+        (launch.accel, launch.agent) = policy::ways(&vm.definition.vmm.chosen, self.accelerator.accel);
+        // Root's own group is nobody's to have.
         let kvm = self
             .accelerator
             .kvm_gid
-            .filter(|_| self.accelerator.accel == Accel::Kvm);
+            .filter(|gid| launch.accel == Accel::Kvm && *gid != 0);
         let groups = std::iter::once(self.gid).chain(kvm).collect();
         launch.identity = Some(VmmIdentity {
             uid: vm.uid,
@@ -141,14 +160,24 @@ impl Capability for VmmCapability {
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
+        if let (Some(warm), Origin::Template(saved)) = (&run.warm, &run.plan.launch.origin) {
+            tell_of_room(run, &*warm.machine);
+            return go_on(&*warm.machine, saved, run).await;
+        }
         let driver = self.driver(&run.vm.definition.vmm.chosen)?;
-        self.wait_for_a_boot(run).await;
+        let restored = matches!(run.plan.launch.origin, Origin::Template(_));
+        if !restored {
+            self.wait_for_a_boot(run).await;
+        }
         let machine = driver
             .launch(&run.plan.launch)
             .await
             .map_err(|error| Box::new(error) as CapabilityError)?;
         tell_of_room(run, &*machine);
         run.set_machine(machine.into());
+        if let (Some(machine), Origin::Template(saved)) = (run.machine(), &run.plan.launch.origin) {
+            go_on(&*machine, saved, run).await?;
+        }
         Ok(())
     }
 
@@ -209,6 +238,24 @@ impl Capability for VmmCapability {
             _ => Ok(()),
         }
     }
+}
+
+/// Lets a guest go on that was saved: it learns the sizes of its own disks first, before it looks at them.
+async fn go_on(machine: &dyn Machine, saved: &SavedGuest, run: &Run) -> Result<(), CapabilityError> {
+    let failed = |error| Box::new(error) as CapabilityError;
+    for disk in run.plan.launch.disks.iter().filter(|disk| !disk.read_only) {
+        let length = std::fs::metadata(&disk.path).map_err(|source| {
+            Box::new(NoDisk {
+                path: disk.path.clone(),
+                source,
+            }) as CapabilityError
+        })?;
+        let size = ByteSize::from_bytes(length.len());
+        if !saved.disks.contains(&(disk.serial.clone(), size)) {
+            machine.resize_disk(&disk.serial, size).await.map_err(failed)?;
+        }
+    }
+    machine.resume().await.map_err(failed)
 }
 
 /// What a VM is told as while its VMM has halted it.

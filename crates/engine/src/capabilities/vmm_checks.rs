@@ -1,5 +1,7 @@
 //! What this host offers for VMMs: their programs, and `/dev/kvm`. The judging is pure.
 
+use std::path::Path;
+
 use offshoot_model::{Explain as _, Finding, Severity};
 use offshoot_sys::kvm::KvmProbe;
 use offshoot_sys::programs::is_executable;
@@ -32,9 +34,25 @@ pub(super) async fn ask(driver: &dyn Driver) -> Asked {
 /// One finding for each VMM. What is wrong with one is a failure only where no other can do its work.
 pub(super) fn judge_vmms(asked: &[Asked], accel: Accel) -> Vec<Finding> {
     let any = asked.iter().any(|vmm| why_not(vmm, accel).is_none());
+    let optional = |vmm: &Asked, id: &str| {
+        // Nobody has to have all three, and none is to blame for the host's KVM.
+        let found = any && id == "vmm-unusable" && vmm.answer.is_ok();
+        vmm.kind != "qemu" && (id == "vmm-missing" || found)
+    };
     let severity = if any { Severity::Warning } else { Severity::Failure };
     let findings = asked.iter().map(|vmm| match why_not(vmm, accel) {
         None => well(vmm),
+        Some((id, message, _)) if optional(vmm, id) => {
+            let message = match id {
+                "vmm-missing" => format!("{message}; it is needed for `--vmm {}` alone", vmm.kind),
+                _ => format!(
+                    "{}, which is used when `--vmm` asks for it: KVM is not native here",
+                    said(vmm)
+                ),
+            };
+            let state = if id == "vmm-missing" { "absent" } else { "found" };
+            Finding::ok(CAPABILITY, message).id(format!("{}-{state}", vmm.kind))
+        }
         Some((id, message, hint)) => {
             let cost = if any {
                 format!("no VM can be started with {}", vmm.kind)
@@ -48,16 +66,59 @@ pub(super) fn judge_vmms(asked: &[Asked], accel: Accel) -> Vec<Finding> {
 }
 
 fn well(vmm: &Asked) -> Finding {
-    let said = vmm.answer.as_ref().map_or_else(
+    Finding::ok(CAPABILITY, said(vmm)).id(format!("{}-found", vmm.kind))
+}
+
+fn said(vmm: &Asked) -> String {
+    vmm.answer.as_ref().map_or_else(
         |_| vmm.kind.to_owned(),
         |facts| format!("{} {} at {}", facts.kind, facts.version, facts.program.display()),
-    );
-    Finding::ok(CAPABILITY, said).id(format!("{}-found", vmm.kind))
+    )
+}
+
+/// A device node that unprivileged VMMs open by its name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    /// `/dev/kvm`.
+    Kvm,
+    /// `/dev/net/tun`, where a VMM opens its TAP itself.
+    Tun,
+}
+
+/// What keeps unprivileged VMMs from a device now, and what mends it.
+pub fn closed(device: Device, accelerator: &Accelerator) -> Option<(String, String)> {
+    let (path, gid) = match device {
+        Device::Kvm => ("/dev/kvm", accelerator.kvm_gid.filter(|gid| *gid != 0)),
+        Device::Tun => ("/dev/net/tun", None),
+    };
+    let probe = &accelerator.probe;
+    let Some(node) = KvmNode::of(Path::new(path)) else {
+        let hint = match device {
+            Device::Kvm => why_emulated(probe).1,
+            Device::Tun => "load the module with `modprobe tun`",
+        };
+        return Some((format!("there is no {path}"), hint.to_owned()));
+    };
+    if !node.is_open_to(gid) {
+        let hint = match device {
+            Device::Kvm => "chgrp kvm /dev/kvm && chmod 0660 /dev/kvm, then restart offshootd",
+            Device::Tun => "chmod 0666 /dev/net/tun: a TAP is opened by its owner alone",
+        };
+        let message = format!(
+            "unprivileged VMMs cannot open {path} (mode {:04o}, group {})",
+            node.mode & 0o7777,
+            node.gid
+        );
+        return Some((message, hint.to_owned()));
+    }
+    let broken = device == Device::Kvm && !probe.native && probe.loops_per_s <= 0.0;
+    broken.then(|| (probe.explanation.clone(), why_emulated(probe).1.to_owned()))
 }
 
 /// Why a VMM cannot be used: the finding's id, its message, and what mends it.
 fn why_not(vmm: &Asked, accel: Accel) -> Option<(&'static str, String, String)> {
-    let config = format!("or set `{}` in the daemon's config (docs/config.md)", vmm.kind);
+    let key = vmm.kind.replace('-', "_");
+    let config = format!("or set `{key}` in the daemon's config (docs/config.md)");
     let facts = match &vmm.answer {
         Ok(facts) => facts,
         Err(error) => {
@@ -112,8 +173,12 @@ pub(super) struct KvmNode {
 impl KvmNode {
     /// Looks at it.
     pub(super) fn look() -> Option<Self> {
+        Self::of(Path::new("/dev/kvm"))
+    }
+
+    fn of(path: &Path) -> Option<Self> {
         use std::os::unix::fs::MetadataExt as _;
-        let meta = std::fs::metadata("/dev/kvm").ok()?;
+        let meta = std::fs::metadata(path).ok()?;
         Some(Self {
             mode: meta.mode(),
             gid: meta.gid(),
@@ -219,6 +284,28 @@ mod tests {
             program: "/usr/bin/qemu".into(),
             features: features.iter().copied().collect(),
         }
+    }
+
+    #[test]
+    fn nobody_has_to_have_all_three() {
+        let both = [VmmFeature::Kvm, VmmFeature::Tcg];
+        let of = |kind, answer| Asked {
+            kind,
+            ..asked(answer, false)
+        };
+        let vmms = [
+            of("cloud-hypervisor", Err(missing())),
+            of("firecracker", Ok(facts(&[VmmFeature::Kvm]))),
+            of("qemu", Ok(facts(&both))),
+        ];
+        let said: Vec<_> = judge_vmms(&vmms, Accel::Tcg)
+            .into_iter()
+            .map(|found| (found.id, found.severity))
+            .collect();
+        let expected = ["cloud-hypervisor-absent", "firecracker-found", "qemu-found"];
+        assert_eq!(said, expected.map(|id| (id.to_owned(), Severity::Ok)));
+        let alone = [of("firecracker", Ok(facts(&[VmmFeature::Kvm])))];
+        assert_eq!(judge_vmms(&alone, Accel::Tcg)[0].severity, Severity::Failure);
     }
 
     fn missing() -> ProbeError {

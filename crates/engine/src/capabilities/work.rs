@@ -5,7 +5,6 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use offshoot_model::Finding;
 use offshoot_rootfs::base::BaseStore;
-use offshoot_rootfs::seed::clone_work_seed;
 use offshoot_vmm::plan::DiskPlan;
 
 use super::{blocking, disk, host_disk};
@@ -18,7 +17,7 @@ const NAME: &str = "work";
 /// The serial under which the guest finds its work disk.
 const SERIAL: &str = "work";
 
-/// Clones the base's work seed on the first start.
+/// Clones the base's work seed on the first start, or builds the disk where the base has none.
 pub struct WorkCapability {
     /// All bases.
     pub bases: Arc<BaseStore>,
@@ -55,10 +54,13 @@ impl Capability for WorkCapability {
     }
 
     async fn prepare(&self, run: &Run) -> Result<(), CapabilityError> {
-        let seed = self.bases.locate(&run.vm.base_id).work_seed();
+        let (bases, base) = (Arc::clone(&self.bases), run.vm.base_id.clone());
         let size = run.vm.definition.config.work;
+        if run.is_warm() {
+            return disk::lengthen(run.paths.work(), size);
+        }
         disk::ensure(run.paths.work(), run.vm.uid, move |path| {
-            clone_work_seed(&seed, path, size).map(drop)
+            bases.make_work_disk(&base, path, size).map(drop)
         })
         .await
     }

@@ -2,29 +2,42 @@
 
 use std::sync::Arc;
 
-use offshoot_model::{EventAction, ExitReason, ExitStatus, Explain as _, VmState};
+use offshoot_model::{Boot, ErrorKind, EventAction, ExitReason, ExitStatus, Explain, VmState};
 use offshoot_store::db::VmWrite;
+use offshoot_vmm::plan::Origin;
 use tokio_util::sync::CancellationToken;
 
 use super::{Owner, chain, now_ms};
 use crate::capability::{Capability, CapabilityError, VmPlan};
-use crate::definition::Life;
+use crate::definition::{BootNote, Life};
 use crate::error::{StageFailure, VmError};
 use crate::operation::Stages;
 use crate::run::{Run, empty_plan};
+use crate::slots::Slot;
+use crate::templates::fit::Misfit;
+use crate::templates::{Offer, Templates};
 
 impl Owner {
     /// Boots the VM. Whatever goes wrong, nothing of it runs afterwards; a start that was cancelled leaves the VM as it
     /// was before.
     pub(super) async fn start(&mut self, cancel: &CancellationToken) -> Result<(), VmError> {
-        self.core.preflight.refuse_the_doomed(&self.record.name).await?;
+        // Kept when it is dropped, before whoever asked has the answer.
+        let mut stages = self.begin("start");
+        let allowed = self.core.preflight.refuse_the_doomed(&self.record.name);
+        stages.stage("preflight", allowed).await?;
+        let core = Arc::clone(&self.core);
+        let _starting = core
+            .parts
+            .templates
+            .as_ref()
+            .map(|templates| templates.starting());
         let before = self.record.life.clone();
         let begun = Life {
             state: VmState::Starting,
             started_ms: Some(now_ms()),
             ..Life::new()
         };
-        let plan = match self.plan() {
+        let plan = match stages.stage("plan", async { self.plan() }).await {
             Ok(plan) => plan,
             Err(error) => {
                 self.record.life = begun;
@@ -36,9 +49,8 @@ impl Owner {
             objects: Some(plan.objects.clone()),
             ..VmWrite::default()
         };
-        self.save_with(begun, write).await?;
-        let mut stages = Stages::begin("start");
-        let outcome = match self.boot(plan, &mut stages, cancel).await {
+        stages.stage("row", self.save_with(begun, write)).await?;
+        match self.boot_as_offered(plan, &mut stages, cancel).await {
             Ok(run) => self.ready(run, &mut stages).await,
             Err((error @ VmError::Cancelled { .. }, _)) => {
                 let write = VmWrite {
@@ -49,9 +61,7 @@ impl Owner {
                 Err(error)
             }
             Err((error, causes)) => Err(self.failed(error, causes).await),
-        };
-        self.keep(stages).await;
-        outcome
+        }
     }
 
     fn plan(&self) -> Result<VmPlan, VmError> {
@@ -70,7 +80,8 @@ impl Owner {
             state: VmState::Running,
             ..self.record.life.clone()
         };
-        if let Err(error) = self.save(life, Some(self.event(EventAction::Start, ""))).await {
+        let event = self.event(EventAction::Start, "");
+        if let Err(error) = stages.stage("row.running", self.save(life, Some(event))).await {
             stages.undone();
             let all = self.core.parts.capabilities.len();
             self.stop_all(stages, &run, all).await;
@@ -80,6 +91,147 @@ impl Owner {
         self.run = Some(run);
         self.running_since = Some(std::time::Instant::now());
         Ok(())
+    }
+
+    /// Restores the VM where there is a template for it, and boots it where there is none or that fails.
+    async fn boot_as_offered(
+        &mut self,
+        mut plan: VmPlan,
+        stages: &mut Stages,
+        cancel: &CancellationToken,
+    ) -> Result<Arc<Run>, (VmError, Vec<String>)> {
+        let Some(templates) = self.core.parts.templates.clone() else {
+            return self.boot(plan, stages, cancel).await;
+        };
+        if let Some(slot) = self.slot.take() {
+            match self.boot_warm(&templates, slot, plan, stages, cancel).await {
+                Ok(run) => return Ok(run),
+                Err((error @ VmError::Cancelled { .. }, causes)) => return Err((error, causes)),
+                Err((error, _)) => {
+                    let causes = chain(&error);
+                    tracing::warn!(vm = %self.record.name, ?causes, "a warm slot is of no use");
+                    plan = self.plan().map_err(|error| (error, Vec::new()))?;
+                }
+            }
+        }
+        let offer = self.offer(&templates, &plan, stages, cancel).await;
+        let offer = offer.map_err(|error| (error, Vec::new()))?;
+        let (reason, wanted) = match offer {
+            Offer::Cold { reason, wanted, .. } => (reason, wanted),
+            Offer::Template { loaded, saved } => {
+                self.record.life.boot = Some(BootNote::template(&loaded.id));
+                plan.launch.origin = Origin::Template(saved);
+                match self.boot(plan, stages, cancel).await {
+                    Ok(run) => {
+                        templates.worked(&loaded.id);
+                        return Ok(run);
+                    }
+                    Err((error, causes)) => {
+                        if self.record.definition.config.boot == Boot::Template || !is_the_templates(&error) {
+                            return Err((error, causes));
+                        }
+                        let reason = format!("template {} failed: {}", loaded.id, chain(&error).join(": "));
+                        tracing::warn!(vm = %self.record.name, reason, "booting the kernel instead");
+                        templates.failed(&loaded.id).await;
+                        stages.recovered();
+                        plan = self.plan().map_err(|error| (error, Vec::new()))?;
+                        let wanted = templates.key(&self.record, &plan.launch).await.ok().map(Box::new);
+                        (reason, wanted)
+                    }
+                }
+            }
+        };
+        self.record.life.boot = Some(BootNote::cold(&reason));
+        let run = self.boot(plan, stages, cancel).await?;
+        if let Some(key) = wanted {
+            templates.make_later(&self.core, &run.vm, *key);
+        }
+        Ok(run)
+    }
+
+    /// Takes over a warm slot. Whatever goes wrong, nothing of the slot is left.
+    async fn boot_warm(
+        &mut self,
+        templates: &Templates,
+        slot: Box<Slot>,
+        mut plan: VmPlan,
+        stages: &mut Stages,
+        cancel: &CancellationToken,
+    ) -> Result<Arc<Run>, (VmError, Vec<String>)> {
+        let key = templates.key(&self.record, &plan.launch).await;
+        if key.as_ref() != Ok(&slot.key) {
+            slot.end(&self.core).await;
+            let reason = key
+                .err()
+                .unwrap_or_else(|| "the host has changed since it was made".into());
+            let stage = "slot.take".to_owned();
+            return Err((
+                self.stage_error("start", stage, Box::new(Stale { reason })),
+                Vec::new(),
+            ));
+        }
+        self.record.life.boot = Some(BootNote::slot(&slot.template));
+        plan.launch.origin = Origin::Template(slot.saved.clone());
+        slot.hand_over();
+        let vm = Arc::new(self.record.clone());
+        let warm = slot.warm.clone();
+        let run = Run::of_slot(vm, self.paths.clone(), plan, self.output.clone(), warm);
+        self.boot_run(Arc::new(run), stages, cancel).await
+    }
+
+    /// What it is restored from. One that was asked for by name is made first where there is none, or refused.
+    async fn offer(
+        &self,
+        templates: &Arc<Templates>,
+        plan: &VmPlan,
+        stages: &mut Stages,
+        cancel: &CancellationToken,
+    ) -> Result<Offer, VmError> {
+        let look = async { Ok::<_, VmError>(templates.offer(&self.record, &plan.launch).await) };
+        let offer = stages.stage("template.look", look).await?;
+        if self.record.definition.config.boot != Boot::Template {
+            return Ok(offer);
+        }
+        let Offer::Cold {
+            reason,
+            wanted,
+            misfit,
+        } = offer
+        else {
+            return Ok(offer);
+        };
+        let refused = |reason: String, hint: &str| VmError::NoTemplate {
+            name: self.record.name.clone(),
+            reason,
+            hint: hint.into(),
+        };
+        let hint = misfit.map_or("boot its kernel with `--boot auto`", Misfit::remedy);
+        let Some(key) = wanted else {
+            return Err(refused(reason, hint));
+        };
+        // A task of its own: one that was begun is brought to its end, whoever waits for it.
+        let making = tokio::spawn({
+            let (templates, core) = (Arc::clone(templates), Arc::clone(&self.core));
+            let vm = self.record.clone();
+            async move { templates.make(&core, &vm, &key).await }
+        });
+        let make = async {
+            tokio::select! {
+                () = cancel.cancelled() => Err(VmError::Cancelled {
+                    name: self.record.name.clone(),
+                    operation: "start",
+                }),
+                made = making => {
+                    let made = made.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()));
+                    made.map_err(|error| self.stage_error("start", "template.make".into(), Box::new(error)))
+                }
+            }
+        };
+        stages.stage("template.make", make).await?;
+        match templates.offer(&self.record, &plan.launch).await {
+            Offer::Cold { reason, .. } => Err(refused(reason, hint)),
+            offer @ Offer::Template { .. } => Ok(offer),
+        }
     }
 
     /// Records why a start failed, with what was noted while it was undone, and adds what the checks of the host say about
@@ -118,10 +270,20 @@ impl Owner {
         stages: &mut Stages,
         cancel: &CancellationToken,
     ) -> Result<Arc<Run>, (VmError, Vec<String>)> {
-        let capabilities = self.core.parts.capabilities.clone();
         let vm = Arc::new(self.record.clone());
         let run = Arc::new(Run::new(vm, self.paths.clone(), plan, self.output.clone()));
+        self.boot_run(run, stages, cancel).await
+    }
 
+    async fn boot_run(
+        &mut self,
+        run: Arc<Run>,
+        stages: &mut Stages,
+        cancel: &CancellationToken,
+    ) -> Result<Arc<Run>, (VmError, Vec<String>)> {
+        let capabilities = self.core.parts.capabilities.clone();
+        // What a slot has is all capabilities' to undo, whoever fails.
+        let all = capabilities.len();
         let mut begun = 0;
         let result = async {
             for capability in &capabilities {
@@ -134,7 +296,7 @@ impl Owner {
                         machine,
                         ..self.record.life.clone()
                     };
-                    self.save(life, None).await?;
+                    stages.stage("row.machine", self.save(life, None)).await?;
                 }
             }
             for capability in &capabilities {
@@ -159,7 +321,8 @@ impl Owner {
             Ok(()) => Ok(run),
             Err(error) => {
                 stages.undone();
-                self.stop_all(stages, &run, begun).await;
+                self.stop_all(stages, &run, if run.is_warm() { all } else { begun })
+                    .await;
                 Err((error, run.causes()))
             }
         }
@@ -198,5 +361,34 @@ impl Owner {
             }
         }
         run.over.cancel();
+    }
+}
+
+/// The slot that a VM took is not what the VM is any more.
+#[derive(Debug, thiserror::Error)]
+#[error("the warm slot cannot be used: {reason}")]
+struct Stale {
+    reason: String,
+}
+
+impl Explain for Stale {
+    fn kind(&self) -> ErrorKind {
+        ErrorKind::Internal
+    }
+
+    fn hints(&self) -> Vec<String> {
+        Vec::new()
+    }
+}
+
+/// Whether a start that restored a template failed where another boot would do better: in the VMM, or in the guest's first
+/// steps.
+fn is_the_templates(error: &VmError) -> bool {
+    match error {
+        VmError::Stage { stage, .. } => {
+            let capability = stage.split('.').next().unwrap_or_default();
+            matches!(capability, "vmm" | "agent")
+        }
+        _ => false,
     }
 }

@@ -27,7 +27,12 @@ impl Owner {
         } else {
             ending
         };
-        self.resume_for(ending, &run).await;
+        self.ran_for = self.running_since.take().map(|since| since.elapsed());
+        if let (Some(ran_for), Some(_)) = (self.ran_for, main_exit_before) {
+            self.begin("run").note_ended("guest.main", ran_for);
+        }
+        let mut stages = self.begin("stop");
+        self.resume_for(&mut stages, ending, &run).await;
         if ending != Ending::Discard {
             let life = Life {
                 state: VmState::Stopping,
@@ -36,16 +41,11 @@ impl Owner {
             };
             let event = asked.then(|| self.event(EventAction::Stop, ""));
             // A database that cannot be written to does not keep a machine running that is to end.
-            let saved = self.save(life, event).await;
+            let saved = stages.stage("row", self.save(life, event)).await;
             self.log_failure("cannot write that a VM is stopping", saved);
         }
         self.live.send_replace(None);
         run.set_ending(ending);
-        let mut stages = Stages::begin("stop");
-        self.ran_for = self.running_since.take().map(|since| since.elapsed());
-        if let (Some(ran_for), Some(_)) = (self.ran_for, main_exit_before) {
-            stages.note("guest.main", 0, ran_for);
-        }
         let gone = (reason == ExitReason::VmmDied).then(|| run.gone());
         let all = self.core.parts.capabilities.len();
         self.stop_all(&mut stages, &run, all).await;
@@ -67,18 +67,16 @@ impl Owner {
             events: vec![self.event(EventAction::Exit, told(exit, &causes))],
             objects: Some(Vec::new()),
         };
-        let saved = self.save_surely(life, write).await;
-        self.keep(stages).await;
-        saved
+        stages.stage("row.stopped", self.save_surely(life, write)).await
     }
 
     /// A guest whose vCPUs stand still cannot put its house in order.
-    async fn resume_for(&self, ending: Ending, run: &Arc<Run>) {
+    async fn resume_for(&self, stages: &mut Stages, ending: Ending, run: &Arc<Run>) {
         if self.record.life.state != VmState::Paused || !matches!(ending, Ending::Graceful(_)) {
             return;
         }
         if let Some(machine) = run.machine()
-            && let Err(error) = machine.resume().await
+            && let Err(error) = stages.stage("vmm.resume", machine.resume()).await
         {
             tracing::warn!(%error, "cannot resume a paused VM to stop it; it is killed in the end");
         }
@@ -86,7 +84,7 @@ impl Owner {
 
     /// Drops what the VM wrote but its work. Nothing of it runs.
     pub(super) async fn reset(&mut self) -> Result<(), VmError> {
-        let mut stages = Stages::begin("reset");
+        let mut stages = self.begin("reset");
         for capability in self.core.parts.capabilities.clone() {
             let name = format!("{}.reset", capability.name());
             stages
@@ -94,9 +92,8 @@ impl Owner {
                 .await
                 .map_err(|error| self.stage_error("reset", name.clone(), error))?;
         }
-        self.keep(stages).await;
         let event = self.event(EventAction::Reset, "");
-        self.core.events.record(event).await?;
+        stages.stage("event", self.core.events.record(event)).await?;
         Ok(())
     }
 
@@ -112,7 +109,7 @@ impl Owner {
     /// Deletes the VM, of which nothing runs. Its row goes first: from then on it is gone, and what a crash leaves is
     /// swept at the next start.
     pub(super) async fn remove(&mut self) -> Result<(), VmError> {
-        let mut stages = Stages::begin("remove");
+        let mut stages = self.begin("remove");
         for capability in self.core.parts.capabilities.clone().iter().rev() {
             let name = format!("{}.clean_up", capability.name());
             stages

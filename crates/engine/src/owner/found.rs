@@ -1,13 +1,13 @@
 //! Finding out what became of a VM: after a restart of the daemon, and whenever a look is due.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use offshoot_model::{EventAction, ExitReason, VmState};
 use tokio::sync::watch;
 
-use super::{IN_PEACE, Owner, chain};
+use super::{IN_PEACE, Owner, chain, slots};
 use crate::error::{StageFailure, VmError};
-use crate::operation::Stages;
 use crate::restart;
 use crate::run::{Ending, Live, Run, empty_plan};
 
@@ -30,6 +30,10 @@ impl Owner {
                 self.log_failure("cannot remove a VM that was started with --rm", removed);
             } else if restart::with_the_daemon(config.restart, &self.record.life) {
                 self.restart_at = Some(tokio::time::Instant::now());
+            }
+            // A VM that took over a warm slot and was not started has its VMM.
+            if !self.removed {
+                self.tend().await;
             }
             return;
         }
@@ -67,7 +71,7 @@ impl Owner {
         let vm = Arc::new(self.record.clone());
         let plan = empty_plan(self.record.id.clone());
         let run = Arc::new(Run::new(vm, self.paths.clone(), plan, self.output.clone()));
-        let mut stages = Stages::begin("adopt");
+        let mut stages = self.begin("adopt");
         let mut whole = true;
         let core = Arc::clone(&self.core);
         // Never closed.
@@ -82,8 +86,8 @@ impl Owner {
         }
         drop(turn);
         // A VM that is found as it was has nothing to tell.
-        if !whole || run.machine().is_none() {
-            self.keep(stages).await;
+        if whole && run.machine().is_some() {
+            stages.forget();
         }
         (run, whole)
     }
@@ -97,12 +101,19 @@ impl Owner {
         if self.removed || self.record.life.state.has_vmm() {
             return;
         }
+        if let Some(slot) = &self.slot {
+            let waited = slot.taken.map_or(Duration::ZERO, |taken| taken.elapsed());
+            if waited >= slots::PATIENCE {
+                self.give_slot_back().await;
+            }
+            return;
+        }
         if !self.paths.run().exists() {
             return;
         }
         let (run, _) = self.find_run().await;
         run.set_ending(Ending::Kill);
-        let mut stages = Stages::begin("tend");
+        let mut stages = self.begin("tend");
         let all = self.core.parts.capabilities.len();
         self.stop_all(&mut stages, &run, all).await;
         let event = self.event(

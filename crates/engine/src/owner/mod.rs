@@ -32,12 +32,13 @@ use crate::capability::CapabilityError;
 use crate::definition::{Life, VmRecord};
 use crate::engine::{Core, Registry};
 use crate::error::{StageFailure, VmError};
-use crate::operation::{self, Stages};
+use crate::operation::{self, Stages, Subject};
 use crate::output::OutputLog;
 use crate::paths::VmPaths;
 use crate::request::{RequestKind, Verdict, decide};
 use crate::restart::{self, Restarts};
 use crate::run::{Ending, Live, Run};
+use crate::slots::{self, Slot};
 
 /// How long a guest gets to put its house in order after its main process ended by itself.
 const AFTER_MAIN: Duration = Duration::from_secs(2);
@@ -167,16 +168,26 @@ pub(crate) struct Owner {
     restarts: Restarts,
     restart_at: Option<tokio::time::Instant>,
     removed: bool,
+    /// What it takes over when it is started soon.
+    slot: Option<Box<Slot>>,
+}
+
+/// How an owner comes to its VM.
+pub(crate) enum Beginning {
+    /// It was just created, in a warm slot perhaps.
+    New(Option<Box<Slot>>),
+    /// It was there before this daemon: look for what is left running.
+    Found,
 }
 
 impl Owner {
-    /// Starts the task for a VM whose row is written. `adopt`: look for what a daemon before this one left running.
+    /// Starts the task for a VM whose row is written.
     pub(crate) fn spawn(
         core: Arc<Core>,
         registry: Arc<Registry>,
         record: VmRecord,
         output: OutputLog,
-        adopt: bool,
+        beginning: Beginning,
     ) -> VmHandle {
         let paths = core.parts.paths(&record.id);
         let (mailbox, letters) = mpsc::channel(64);
@@ -189,7 +200,12 @@ impl Owner {
             output: output.clone(),
             paths: paths.clone(),
         };
+        let (slot, adopt) = match beginning {
+            Beginning::New(slot) => (slot, false),
+            Beginning::Found => (None, true),
+        };
         let owner = Self {
+            slot,
             core,
             registry,
             record,
@@ -310,11 +326,13 @@ impl Owner {
             Request::Pause => self.set_paused(true).await,
             Request::Resume => self.set_paused(false).await,
             Request::Reset(_) => {
+                self.give_slot_back().await;
                 self.end(Ending::Graceful(IN_PEACE), ExitReason::Stopped).await?;
                 self.reset().await
             }
             Request::Remove(_) => {
                 self.announce_removal().await?;
+                self.give_slot_back().await;
                 self.end(Ending::Discard, ExitReason::Killed).await?;
                 self.remove().await
             }
@@ -325,6 +343,13 @@ impl Owner {
                 self.tend().await;
                 Ok(())
             }
+        }
+    }
+
+    /// Ends the slot that it took and did not use.
+    async fn give_slot_back(&mut self) {
+        if let Some(slot) = self.slot.take() {
+            slot.end(&self.core).await;
         }
     }
 
@@ -438,11 +463,15 @@ impl Owner {
         let Some(machine) = self.run.as_ref().and_then(|run| run.machine()) else {
             return Ok(());
         };
-        let result = if paused {
-            machine.pause().await
-        } else {
-            machine.resume().await
+        let mut stages = self.begin(operation);
+        let halted = async {
+            if paused {
+                machine.pause().await
+            } else {
+                machine.resume().await
+            }
         };
+        let result = stages.stage("vmm", halted).await;
         result.map_err(|error| VmError::Machine {
             name: self.record.name.clone(),
             operation,
@@ -452,7 +481,8 @@ impl Owner {
             state,
             ..self.record.life.clone()
         };
-        self.save(life, Some(self.event(action, ""))).await
+        let event = self.event(action, "");
+        stages.stage("row", self.save(life, Some(event))).await
     }
 
     async fn rename(&mut self, name: VmName) -> Result<(), VmError> {
@@ -462,12 +492,13 @@ impl Owner {
             ..self.event(EventAction::Rename, format!("was `{}`", self.record.name))
         };
         let new = name.clone();
-        let events = self
+        let mut stages = self.begin("rename");
+        let written = self
             .core
             .parts
             .db
-            .call(move |db| db.rename_vm(&id, &new, &[event]))
-            .await?;
+            .call(move |db| db.rename_vm(&id, &new, &[event]));
+        let events = stages.stage("row", written).await?;
         self.record.name = name;
         self.announce(&events);
         Ok(())
@@ -580,17 +611,13 @@ impl Owner {
         self.core.events.announce(events);
     }
 
-    /// Keeps the stages of an operation. They are for people: a full disk must not fail the operation.
-    async fn keep(&self, stages: Stages) {
-        let (id, operation) = (self.record.id.clone(), stages.operation());
-        let timings = stages.into_timings();
-        let kept = self
-            .core
-            .parts
-            .db
-            .call(move |db| db.put_stages(&id, operation, &timings))
-            .await;
-        self.log_failure("cannot keep the timings", kept.map_err(VmError::from));
+    /// An operation on this VM begins now.
+    fn begin(&self, operation: &'static str) -> Stages {
+        let subject = Subject {
+            vm: Some(self.record.id.clone()),
+            name: self.record.name.to_string(),
+        };
+        self.core.operations.begin(operation, subject)
     }
 }
 

@@ -187,6 +187,7 @@ impl Doll {
             agent: AgentEndpoint::UnixLink("/doll/agent".into()),
             console: "/doll/console".into(),
             log: "/doll/log".into(),
+            disks: Default::default(),
         };
         Self {
             state,
@@ -278,6 +279,7 @@ pub(crate) async fn engine(folder: &Path, host: &Arc<Host>) -> Engine {
         NetworksConfig {
             pool: "10.87.0.0/16".parse().unwrap(),
             data_dir: folder.join("data"),
+            tap_pool_size: 0,
         },
     );
     Engine::start(Parts {
@@ -291,6 +293,7 @@ pub(crate) async fn engine(folder: &Path, host: &Arc<Host>) -> Engine {
             gid: owner,
         },
         capabilities: capabilities.to_vec(),
+        templates: None,
     })
     .await
     .unwrap()
