@@ -18,9 +18,22 @@ pub struct ImageSummary {
     pub size: u64,
     /// Whether its base is prepared.
     pub prepared: bool,
+    /// Whether its base has the seeds that its VMs' disks are cloned from; absent when it is not prepared.
+    #[serde(default)]
+    pub seeds: Option<SeedState>,
     /// Why it cannot be used, when it cannot be read; its size is 0 then.
     #[serde(default)]
     pub problem: Option<String>,
+}
+
+/// How a base stands to its seeds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum SeedState {
+    /// It has them.
+    Current,
+    /// An earlier version made it without one of them: disks are built instead. `image prepare` makes a current base.
+    Missing,
 }
 
 /// Everything about an image.
@@ -64,6 +77,24 @@ pub struct BaseSummary {
     /// The same, part by part.
     #[serde(default)]
     pub parts: BaseParts,
+    /// The version of its form on disk; 0 from a daemon that does not say.
+    #[serde(default)]
+    pub format: u32,
+    /// The seed of its VMs' overlay disks; absent when it has none.
+    #[serde(default)]
+    pub overlay_seed: Option<SeedSummary>,
+    /// The seed of its VMs' work disks; absent when it has none.
+    #[serde(default)]
+    pub work_seed: Option<SeedSummary>,
+}
+
+/// A pristine disk in a base.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct SeedSummary {
+    /// Its length, bytes: VMs' disks that are not smaller are clones of it.
+    pub size: u64,
+    /// What wrote it.
+    pub writer: String,
 }
 
 /// Blocks on disk that the parts of a base take, bytes; 0 for a part that it does not have.
@@ -136,6 +167,17 @@ pub struct BootstrapRequest {
     /// Make the base as well.
     #[serde(default = "yes")]
     pub prepare: bool,
+}
+
+/// Body of `POST /v1/images/warm`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct WarmRequest {
+    /// The image, by reference.
+    pub reference: String,
+    /// How many warm slots it has from now on, until the daemon ends; 0 for none.
+    #[schema(maximum = 64)]
+    pub slots: u32,
 }
 
 /// Query of `POST /v1/images/import`, whose body is the archive.

@@ -32,6 +32,16 @@ pub struct DistroRequest {
     pub package: Option<String>,
 }
 
+/// Query of `POST /v1/kernels/build`. The body is a tar that may hold `fragment`, lines of Kconfig that win over the
+/// daemon's own, and `source`, a tarball of Linux to take instead of the distribution's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoParams)]
+#[serde(default)]
+pub struct BuildQuery {
+    /// Compilers at once; as many as the host has processors when absent.
+    #[param(minimum = 1, maximum = 1024)]
+    pub jobs: Option<u32>,
+}
+
 /// What a path under `/v1/kernels/{id}` names.
 #[derive(Clone, Debug, IntoParams)]
 #[into_params(parameter_in = Path)]

@@ -56,6 +56,8 @@ pub enum PruneKind {
     Tree,
     /// A kernel bundle that is not the default and that no VM boots.
     Kernel,
+    /// A template whose base or kernel is gone, or from which no VM that runs was restored.
+    Template,
 }
 
 /// Something that should have gone.

@@ -41,6 +41,31 @@ pub struct SystemInfo {
     pub running: u64,
     /// Images.
     pub images: u64,
+    /// Idle TAPs that wait for VMs.
+    #[serde(default)]
+    pub tap_pool: TapPool,
+}
+
+/// Idle TAP devices on the bridges of networks, ready for VMs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+pub struct TapPool {
+    /// How many each bridge shall have; 0 where none are kept.
+    pub size: u64,
+    /// How many are ready, on all bridges together.
+    pub ready: u64,
+    /// How many there will be when nobody takes any.
+    pub wanted: u64,
+}
+
+/// Body of `POST /v1/system/shutdown`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub struct ShutdownRequest {
+    /// The daemon's process, as `GET /v1/system/info` tells it: a daemon that has come in its place is not ended.
+    pub pid: u32,
+    /// Also gives back what is only kept ready for VMs to come.
+    #[serde(default)]
+    pub drain: bool,
 }
 
 /// One VMM that was found.

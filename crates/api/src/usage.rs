@@ -25,6 +25,8 @@ pub struct DiskUsage {
     pub kernels: Vec<KernelUsage>,
     /// Every template.
     pub templates: Vec<TemplateUsage>,
+    /// Warm slots: VMs that are nobody's yet.
+    pub slots: SlotUsage,
     /// Every VM.
     pub vms: Vec<VmUsage>,
     /// What VMs wrote: output, consoles, the VMMs' own logs.
@@ -127,10 +129,25 @@ pub struct TemplateUsage {
     pub id: String,
     /// How many VMs were restored from it and run.
     pub vms: u64,
-    /// Bytes on disk, or in memory where it is kept there.
+    /// Bytes on disk.
     pub bytes: u64,
-    /// Of these, what `prune` would free.
+    /// Bytes of memory that the daemon holds for VMs to come; VMs that run share them.
+    #[serde(default)]
+    pub memory: u64,
+    /// Of those on disk, what `prune` would free.
     pub reclaimable: u64,
+}
+
+/// What all warm slots take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, ToSchema)]
+#[serde(default)]
+pub struct SlotUsage {
+    /// How many are ready.
+    pub count: u64,
+    /// Bytes on disk.
+    pub bytes: u64,
+    /// The memory of their processes.
+    pub memory: MemoryUsage,
 }
 
 /// What one VM takes beside its base.

@@ -81,6 +81,9 @@ pub struct VmDetails {
     pub vmm: Decision,
     /// How its root is shown, and why so.
     pub root: Decision,
+    /// Whether its current or last run booted its kernel or restored a template, and why so; absent before the first.
+    #[serde(default)]
+    pub boot: Option<Decision>,
     /// The VMM's process, while it runs.
     pub pid: Option<i32>,
     /// Why it failed, when it did: the message and what caused it.
@@ -89,7 +92,7 @@ pub struct VmDetails {
     pub directory: String,
     /// Blocks that its own files take on disk, bytes.
     pub disk_bytes: u64,
-    /// The stages of its last operations.
+    /// The stages of its last operation of each kind; `GET /v1/operations` has more.
     pub timings: Vec<StageTiming>,
 }
 

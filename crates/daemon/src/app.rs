@@ -15,6 +15,7 @@ use offshoot_engine::capabilities::{
 use offshoot_engine::capability::Capability;
 use offshoot_engine::engine::{Engine, EngineConfig, Parts};
 use offshoot_engine::networks::{Networks, NetworksConfig};
+use offshoot_engine::templates::{TemplateRules, Templates};
 use offshoot_engine::zone::LiveZone;
 use offshoot_kernel::KernelStore;
 use offshoot_net::Namespace;
@@ -24,15 +25,20 @@ use offshoot_rootfs::base::BaseStore;
 use offshoot_store::blobs::BlobStore;
 use offshoot_store::db::Db;
 use offshoot_sys::lock::FileLock;
-use offshoot_vmm::Driver;
+use offshoot_vmm::cloud_hypervisor::{CloudHypervisorConfig, CloudHypervisorDriver};
+use offshoot_vmm::firecracker::{FirecrackerConfig, FirecrackerDriver};
 use offshoot_vmm::plan::Accel;
 use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
 use offshoot_vmm::virtiofsd::{Virtiofsd, VirtiofsdConfig};
+use offshoot_vmm::{Driver, ProbeError};
+use tokio_util::sync::CancellationToken;
 
 use crate::config::DaemonConfig;
 use crate::images::Images;
+use crate::known_bases;
 use crate::prometheus::Numbers;
 use crate::time::now_ms;
+use crate::warm::WarmImages;
 
 /// How long the rest of a broken download may wait for the pull that goes on with it.
 const KEEP_DOWNLOADS: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -72,6 +78,10 @@ pub struct App {
     pub socket: PathBuf,
     /// The file with its settings.
     pub config_file: Option<PathBuf>,
+    /// Which images have warm slots.
+    pub warm: WarmImages,
+    /// Cancelled when a client asked the daemon to end.
+    pub end: CancellationToken,
     /// When it started: milliseconds since the epoch, and by a clock that nobody sets.
     pub started: (u64, Instant),
     /// Held while the daemon lives: no other one uses these directories.
@@ -110,7 +120,7 @@ impl App {
 
         let db = Db::open(data_dir)?;
         let blobs = BlobStore::open(data_dir)?;
-        let bases = Arc::new(BaseStore::open(data_dir, blobs.clone())?);
+        let bases = Arc::new(BaseStore::open_with(data_dir, blobs.clone(), config.bases())?);
         let kernels = Arc::new(KernelStore::open(data_dir)?);
         for shared in ["bases", "kernels"] {
             make_root(&data_dir.join(shared), 0o710, gid)?;
@@ -135,13 +145,29 @@ impl App {
             program: config.qemu.clone(),
             ..QemuConfig::default()
         }));
-        let drivers = BTreeMap::from([(qemu.kind(), qemu)]);
+        let cloud_hypervisor: Arc<dyn Driver> =
+            Arc::new(CloudHypervisorDriver::new(CloudHypervisorConfig::at(program(
+                config.cloud_hypervisor.as_deref(),
+                "OFFSHOOT_CLOUD_HYPERVISOR",
+                "cloud-hypervisor",
+            ))));
+        let firecracker: Arc<dyn Driver> = Arc::new(FirecrackerDriver::new(FirecrackerConfig::at(program(
+            config.firecracker.as_deref(),
+            "OFFSHOOT_FIRECRACKER",
+            "firecracker",
+        ))));
+        let drivers = [qemu, cloud_hypervisor, firecracker];
+        let drivers = BTreeMap::from(drivers.map(|driver| (driver.kind(), driver)));
         for driver in drivers.values() {
             let driver = Arc::clone(driver);
             // It takes a tenth of a second and is kept: the first VM shall not wait for it.
             tokio::spawn(async move {
-                if let Err(error) = driver.probe().await {
-                    tracing::warn!(vmm = driver.kind(), %error, "a VMM cannot be used");
+                match driver.probe().await {
+                    Ok(_) => {}
+                    Err(ProbeError::Missing { program, .. }) if driver.kind() != "qemu" => {
+                        tracing::debug!(vmm = driver.kind(), program = %program.display(), "a VMM is not installed");
+                    }
+                    Err(error) => tracing::warn!(vmm = driver.kind(), %error, "a VMM cannot be used"),
                 }
             });
         }
@@ -163,6 +189,7 @@ impl App {
             NetworksConfig {
                 pool: config.network_pool,
                 data_dir: data_dir.clone(),
+                tap_pool_size: config.tap_pool_size,
             },
         )
         .await?;
@@ -223,6 +250,19 @@ impl App {
             }),
             Arc::new(MainProcessCapability),
         ];
+        let templates = Arc::new(
+            Templates::open(
+                data_dir,
+                drivers.clone(),
+                Arc::clone(&kernels),
+                TemplateRules {
+                    background: config.background_templates,
+                    // Beside those of VMs.
+                    uid: config.uid_base + config.uid_count,
+                },
+            )
+            .with_context(|| format!("cannot use {}", data_dir.join("templates").display()))?,
+        );
         let engine_config = EngineConfig {
             data_dir: data_dir.clone(),
             run_dir: run_dir.clone(),
@@ -235,14 +275,14 @@ impl App {
             config: engine_config,
             networks,
             capabilities,
+            templates: Some(templates),
         })
         .await?;
         zone.follow(&engine);
         refresh_kernel(&kernels, &agent).await;
-        look_after(engine.clone());
         let images = Images::new(db, blobs, bases, engine.clone(), config.clone());
+        look_after(engine.clone(), images.clone());
         Ok(Arc::new(Self {
-            config,
             engine,
             images,
             kernels,
@@ -257,6 +297,9 @@ impl App {
             run_dir: run_dir.clone(),
             socket: std::path::absolute(socket)?,
             config_file: config_file.map(std::path::absolute).transpose()?,
+            warm: WarmImages::new(config.warm_slots.clone()),
+            config,
+            end: CancellationToken::new(),
             started: (now_ms(), Instant::now()),
             _locks: locks,
         }))
@@ -285,6 +328,19 @@ fn lock(path: &Path) -> anyhow::Result<FileLock> {
             path.display()
         ),
     }
+}
+
+/// A VMM's program: as configured, as the environment says, or what is installed. Where there is none, where it would be.
+fn program(configured: Option<&Path>, variable: &str, name: &str) -> PathBuf {
+    configured
+        .map(Path::to_owned)
+        .or_else(|| {
+            std::env::var_os(variable)
+                .filter(|path| !path.is_empty())
+                .map(PathBuf::from)
+        })
+        .or_else(|| offshoot_sys::programs::find(name))
+        .unwrap_or_else(|| Path::new("/usr/bin").join(name))
 }
 
 /// The agent: as configured, beside this program, or where packages put it.
@@ -328,9 +384,10 @@ async fn accelerator() -> Accelerator {
 
 /// Looks every minute whether what should be is so. The first look at the host's own findings comes at once: a start
 /// that is doomed is then refused before it makes anything.
-fn look_after(engine: Engine) {
+fn look_after(engine: Engine, images: Images) {
     tokio::spawn(async move {
         let _ = engine.check().await;
+        known_bases::reconcile_or_warn(&images).await;
         let mut minute = tokio::time::interval(LOOK_EVERY);
         minute.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // The engine looked when it started.
@@ -340,6 +397,7 @@ fn look_after(engine: Engine) {
             for line in engine.reconcile().await {
                 tracing::warn!("{line}");
             }
+            known_bases::reconcile_or_warn(&images).await;
         }
     });
 }

@@ -1,41 +1,71 @@
 //! Which VMM and which root a new VM gets: the facts of this host, gathered for the policies, which are pure.
 
+use offshoot_engine::capabilities::{Device, closed};
 use offshoot_engine::definition::{Choice, PassedOver};
+use offshoot_engine::templates::fit::misfit;
 use offshoot_kernel::KernelBundle;
-use offshoot_model::{ByteSize, ErrorKind, Explain as _, VmConfig, VmmRequest};
+use offshoot_model::{
+    Boot, ByteSize, ErrorKind, Explain as _, NetworkChoice, RootRequest, VmConfig, VmmRequest,
+};
 use offshoot_rootfs::policy::{KernelRootFacts, Missing, RootFacts, VmmRootFacts, decide};
 use offshoot_vmm::VmmFeature;
 use offshoot_vmm::plan::Accel;
+use offshoot_vmm::policy::{self, Candidate, HostFacts, KernelVmmFacts, Needs};
 
 use crate::app::App;
 use crate::error::{Answer, Failure};
 
-/// Which VMM, out of the request and what this build has.
-pub fn vmm(app: &App, request: VmmRequest) -> Answer<Choice> {
-    let refuse = |name: &str| {
-        Err(Failure::new(
-            ErrorKind::NotPossible,
-            format!("this offshootd has no driver for {name}"),
-        )
-        .hint("leave `--vmm` out, or use `--vmm qemu`"))
-    };
-    match request {
-        VmmRequest::CloudHypervisor => return refuse("Cloud Hypervisor"),
-        VmmRequest::Firecracker => return refuse("Firecracker"),
-        VmmRequest::Auto | VmmRequest::Qemu => {}
+/// Which VMM, out of the request and what this host has.
+pub async fn vmm(app: &App, config: &VmConfig, kernel: &KernelBundle) -> Answer<Choice> {
+    let mut candidates = Vec::new();
+    let mut order = app.config.vmm_order.clone();
+    // One that is not in the order can still be asked for.
+    if !order.contains(&config.vmm) && config.vmm != VmmRequest::Auto {
+        order.push(config.vmm);
     }
-    let how = match app.accelerator.accel {
-        Accel::Kvm => "on KVM",
-        Accel::Tcg => "emulated in software",
+    for kind in order.into_iter().filter_map(policy::name_of) {
+        let Some(driver) = app.drivers.get(kind) else {
+            continue;
+        };
+        candidates.push(Candidate {
+            kind: driver.kind(),
+            facts: driver.probe().await.map_err(|error| policy::Missing {
+                remedy: error.hints().into_iter().next().unwrap_or_default(),
+                what: error.to_string(),
+            }),
+        });
+    }
+    let lacks =
+        |device| closed(device, &app.accelerator).map(|(what, remedy)| policy::Missing { what, remedy });
+    let host = HostFacts {
+        kvm_native: app.accelerator.accel == Accel::Kvm,
+        no_kvm: lacks(Device::Kvm),
+        no_tun: lacks(Device::Tun),
+        kvm_explanation: app.accelerator.probe.explanation.clone(),
     };
-    let first = match request {
-        VmmRequest::Auto => "the only VMM this version drives".to_owned(),
-        _ => "asked for".to_owned(),
+    let features = kernel.manifest.features;
+    let kernel = KernelVmmFacts {
+        release: kernel.manifest.release.clone(),
+        vsock: features.vsock,
+        mmio: features.mmio,
     };
+    let needs = Needs {
+        virtiofs: !config.mounts.is_empty() || config.root == RootRequest::Virtiofs,
+        pmem: config.root == RootRequest::Pmem,
+        network: config.network.network != NetworkChoice::None,
+    };
+    let decision = policy::decide(config.vmm, &candidates, needs, &host, &kernel)?;
     Ok(Choice {
-        chosen: "qemu".into(),
-        reasons: vec![first, format!("{how}: {}", app.accelerator.probe.explanation)],
-        passed_over: Vec::new(),
+        chosen: decision.chosen.to_owned(),
+        reasons: decision.reasons,
+        passed_over: decision
+            .passed_over
+            .into_iter()
+            .map(|(kind, reason)| PassedOver {
+                name: kind.to_owned(),
+                reason,
+            })
+            .collect(),
     })
 }
 
@@ -64,6 +94,22 @@ pub async fn root(
             })
             .collect(),
     })
+}
+
+/// Refuses `--boot template` for a VM that cannot be restored, before it is made.
+pub fn refuse_boot(config: &VmConfig, root: &Choice) -> Answer<()> {
+    let kind = root
+        .chosen
+        .parse()
+        .map_err(|_| Failure::broken("the choice of a root"))?;
+    match (config.boot, misfit(config, kind)) {
+        (Boot::Template, Some(misfit)) => Err(Failure::new(
+            ErrorKind::NotPossible,
+            format!("the VM cannot be restored from a template: {}", misfit.reason()),
+        )
+        .hint(misfit.remedy())),
+        _ => Ok(()),
+    }
 }
 
 async fn facts(
@@ -105,7 +151,8 @@ async fn facts(
         no_virtiofsd,
         root_size,
         memory: config.memory,
-        from_template: false,
+        // A choice that is left to us fits a template; only what was asked for by name may not.
+        from_template: config.boot == Boot::Template,
     })
 }
 

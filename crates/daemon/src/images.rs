@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use offshoot_api::image::{
-    BaseSummary, BootstrapRequest, ImageDetails, ImageSummary, LayerSummary, PullRequest, RegistryCredentials,
+    BaseSummary, BootstrapRequest, ImageDetails, ImageSummary, LayerSummary, PullRequest,
+    RegistryCredentials, SeedState, SeedSummary,
 };
 use offshoot_api::prune::PruneQuery;
 use offshoot_engine::engine::Engine;
+use offshoot_engine::operation::{Stages, Subject};
 use offshoot_image::archive::{self, ImportOptions};
 use offshoot_image::bootstrap::{self, BootstrapOptions};
 use offshoot_image::manifest::StoredImage;
 use offshoot_image::reference::ImageReference;
 use offshoot_image::registry::{self, PullOptions, RegistryAuth};
 use offshoot_model::{BaseId, ByteSize, Digest, ErrorKind, Progress};
-use offshoot_rootfs::base::{BaseStore, base_id};
+use offshoot_rootfs::base::{BaseStore, SeedInfo, base_id};
 use offshoot_rootfs::policy::RootKind;
 use offshoot_store::blobs::BlobStore;
 use offshoot_store::db::{Db, ImageRow};
@@ -25,6 +27,7 @@ use crate::bases;
 use crate::blocking::blocking;
 use crate::config::DaemonConfig;
 use crate::error::{Answer, Failure, chain};
+use crate::known_bases;
 use crate::prune::Rules;
 use crate::sweep;
 use crate::time::now_ms;
@@ -103,13 +106,21 @@ impl Images {
 
     fn details(&self, row: &ImageRow) -> Answer<ImageDetails> {
         let image = StoredImage::load(&self.blobs, &row.digest)?;
-        let id = base_id(&image.digest);
-        let base = self.bases.get(&id).ok().map(|base| {
+        let base = self.bases.of_image(&image.digest).ok().map(|base| {
             let (disk_bytes, parts) = bases::measure(&base.dir);
+            let seed = |info: Option<SeedInfo>| {
+                info.map(|info| SeedSummary {
+                    size: info.size.bytes(),
+                    writer: info.writer,
+                })
+            };
             BaseSummary {
-                id: id.to_string(),
+                id: base.id.to_string(),
                 disk_bytes,
                 parts,
+                format: base.manifest.format,
+                overlay_seed: seed(base.manifest.overlay_seed),
+                work_seed: seed(base.manifest.work_seed),
             }
         });
         Ok(ImageDetails {
@@ -137,12 +148,14 @@ impl Images {
         request: PullRequest,
         progress: &Progress,
     ) -> Answer<ImageSummary> {
-        let result = self.try_pull(reference, request, progress).await;
+        let mut stages = self.begin("pull", &reference);
+        let result = self.try_pull(&mut stages, reference, request, progress).await;
         self.settled(result).await
     }
 
     async fn try_pull(
         &self,
+        stages: &mut Stages,
         reference: ImageReference,
         request: PullRequest,
         progress: &Progress,
@@ -160,8 +173,13 @@ impl Images {
             },
             plain_http: self.config.insecure_registries.clone(),
         };
-        let digest = registry::pull(&self.blobs, &reference.to_string(), &options, progress).await?;
-        self.keep(&reference, digest, request.prepare, progress, lease)
+        let (blobs, name) = (&self.blobs, &reference.to_string());
+        let digest = stages
+            .stage_with_tasks("fetch", progress, |progress| async move {
+                registry::pull(blobs, name, &options, &progress).await
+            })
+            .await?;
+        self.keep(stages, &reference, digest, request.prepare, progress, lease)
             .await
     }
 
@@ -172,12 +190,16 @@ impl Images {
         request: BootstrapRequest,
         progress: &Progress,
     ) -> Answer<ImageSummary> {
-        let result = self.try_bootstrap(reference, request, progress).await;
+        let mut stages = self.begin("bootstrap", &reference);
+        let result = self
+            .try_bootstrap(&mut stages, reference, request, progress)
+            .await;
         self.settled(result).await
     }
 
     async fn try_bootstrap(
         &self,
+        stages: &mut Stages,
         reference: ImageReference,
         request: BootstrapRequest,
         progress: &Progress,
@@ -189,8 +211,13 @@ impl Images {
             mirror: request.mirror,
             ..BootstrapOptions::default()
         };
-        let digest = bootstrap::bootstrap(&self.blobs, &options, progress).await?;
-        self.keep(&reference, digest, request.prepare, progress, lease)
+        let blobs = &self.blobs;
+        let digest = stages
+            .stage_with_tasks("packages", progress, |progress| async move {
+                bootstrap::bootstrap(blobs, &options, &progress).await
+            })
+            .await?;
+        self.keep(stages, &reference, digest, request.prepare, progress, lease)
             .await
     }
 
@@ -202,12 +229,17 @@ impl Images {
         prepare: bool,
         progress: &Progress,
     ) -> Answer<Vec<ImageSummary>> {
-        let result = self.try_import(source, name, prepare, progress).await;
+        let subject = name.as_ref().map_or_else(String::new, short_name);
+        let mut stages = self.engine.operations().begin("import", Subject::named(subject));
+        let result = self
+            .try_import(&mut stages, source, name, prepare, progress)
+            .await;
         self.settled(result).await
     }
 
     async fn try_import(
         &self,
+        stages: &mut Stages,
         source: impl Read + Send + 'static,
         name: Option<ImageReference>,
         prepare: bool,
@@ -219,11 +251,14 @@ impl Images {
             limit: self.config.import_limit(),
             ..ImportOptions::default()
         };
-        let (blobs, reporter) = (self.blobs.clone(), progress.clone());
-        let imported =
-            tokio::task::spawn_blocking(move || archive::import(&blobs, source, &options, &reporter))
-                .await
-                .map_err(|_| Failure::broken("the import"))??;
+        let blobs = self.blobs.clone();
+        let imported = stages
+            .stage_with_tasks("archive", progress, |progress| {
+                blocking("the import", move || {
+                    Ok(archive::import(&blobs, source, &options, &progress)?)
+                })
+            })
+            .await?;
         let mut kept = Vec::new();
         for image in imported {
             let Some(name) = image.reference else {
@@ -233,9 +268,10 @@ impl Images {
                 );
             };
             let reference: ImageReference = name.parse()?;
+            stages.set_subject(Subject::named(short_name(&reference)));
             let lease = self.lease().await;
             kept.push(
-                self.keep(&reference, image.digest, prepare, progress, lease)
+                self.keep(stages, &reference, image.digest, prepare, progress, lease)
                     .await?,
             );
         }
@@ -244,17 +280,29 @@ impl Images {
         Ok(kept)
     }
 
-    /// Makes the base of an image now; with `force` also when there is one, which it then replaces.
+    /// Makes the base of an image now; with `force` also when there is one, which it then replaces. One of an earlier version
+    /// stays beside it as long as VMs have it.
     pub async fn prepare(&self, reference: &str, force: bool, progress: &Progress) -> Answer<ImageSummary> {
         let row = self.row(reference).await?;
-        let _lease = self.lease().await;
+        let subject = Subject::named(short(&row.reference));
+        let mut stages = self.engine.operations().begin("prepare", subject);
+        let lease = self.lease().await;
         let image = self.load(row.digest).await?;
         if force {
             self.refuse_if_tree_is_served(&base_id(&image.digest))?;
-            self.bases.rebuild(&image, progress).await?;
-        } else {
-            self.bases.ensure(&image, progress).await?;
         }
+        let (bases, image) = (&self.bases, &image);
+        stages
+            .stage_with_tasks("base", progress, |progress| async move {
+                if force {
+                    bases.rebuild(image, &progress).await
+                } else {
+                    bases.ensure_current(image, &progress).await
+                }
+            })
+            .await?;
+        drop(lease);
+        self.sweep_if_idle().await;
         self.summarised(row).await
     }
 
@@ -284,9 +332,9 @@ impl Images {
         let row = self.row(reference).await?;
         let lease = self.lease().await;
         let image = self.load(row.digest).await?;
-        let place = self.bases.locate(&base_id(&image.digest));
-        tokio::task::spawn_blocking(move || sweep::mark_used(place.dir()));
         let base = self.bases.ensure(&image, progress).await?;
+        let dir = base.dir.clone();
+        tokio::task::spawn_blocking(move || sweep::mark_used(&dir));
         Ok(ReadyImage {
             image,
             root_size: base.manifest.root.size,
@@ -360,6 +408,7 @@ impl Images {
     /// Names an image that is in the store and prepares it.
     async fn keep(
         &self,
+        stages: &mut Stages,
         reference: &ImageReference,
         digest: Digest,
         prepare: bool,
@@ -368,7 +417,12 @@ impl Images {
     ) -> Answer<ImageSummary> {
         let image = self.load(digest).await?;
         if prepare {
-            self.bases.ensure(&image, progress).await?;
+            let (bases, image) = (&self.bases, &image);
+            stages
+                .stage_with_tasks("base", progress, |progress| async move {
+                    bases.ensure(image, &progress).await
+                })
+                .await?;
         }
         let row = ImageRow {
             reference: reference.to_string(),
@@ -376,12 +430,19 @@ impl Images {
             created_ms: now_ms(),
         };
         let written = row.clone();
-        self.db
-            .call(move |db| db.put_image(&written.reference, &written.digest, written.created_ms))
-            .await?;
+        let named = self
+            .db
+            .call(move |db| db.put_image(&written.reference, &written.digest, written.created_ms));
+        stages.stage("row", named).await?;
         drop(lease);
         self.sweep_if_idle().await;
         self.summarised(row).await
+    }
+
+    /// An operation on an image begins now.
+    fn begin(&self, operation: &'static str, reference: &ImageReference) -> Stages {
+        let subject = Subject::named(short_name(reference));
+        self.engine.operations().begin(operation, subject)
     }
 
     /// Keeps every sweep away while it is held.
@@ -410,6 +471,7 @@ impl Images {
     pub(crate) fn rules(&self, query: PruneQuery) -> Rules {
         Rules {
             all: query.all,
+            templates: true,
             grace: query
                 .grace_s
                 .map_or_else(|| self.config.prune_grace(), Duration::from_secs),
@@ -435,12 +497,17 @@ impl Images {
             Ok(image) => (image.size(), None),
             Err(error) => (0, Some(chain(&error))),
         };
+        let base = self.bases.of_image(&row.digest).ok();
         ImageSummary {
             reference: short(&row.reference),
             digest: row.digest,
             created_ms: row.created_ms,
             size,
-            prepared: self.bases.get(&base_id(&row.digest)).is_ok(),
+            prepared: base.is_some(),
+            seeds: base.map(|base| match base.lacks().as_slice() {
+                [] => SeedState::Current,
+                _ => SeedState::Missing,
+            }),
             problem,
         }
     }
@@ -498,7 +565,12 @@ impl Images {
         if let Ok(Err(Failure(error))) = swept {
             tracing::warn!(error = error.message, causes = ?error.causes, "cannot delete what no image needs");
         }
+        known_bases::reconcile_or_warn(self).await;
     }
+}
+
+fn short_name(reference: &ImageReference) -> String {
+    short(&reference.to_string())
 }
 
 /// A normalised reference as users write it.

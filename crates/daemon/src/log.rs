@@ -95,10 +95,11 @@ mod tests {
     #[test]
     fn every_line_of_an_operation_has_its_id() {
         let (lines, id) = logged(false);
-        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert_eq!(lines.len(), 3, "{lines:?}");
         let span = format!("request{{op={id} method=GET path=\"/stage\"}}");
         assert!(lines.iter().all(|line| line.contains(&span)), "{lines:?}");
         assert!(lines[0].contains("stage=\"root.prepare\""), "{lines:?}");
+        assert!(lines[2].contains("operation ended"), "{lines:?}");
     }
 
     #[test]
@@ -108,7 +109,7 @@ mod tests {
             .iter()
             .map(|line| serde_json::from_str(line).unwrap())
             .collect();
-        assert_eq!(lines.len(), 2, "{lines:?}");
+        assert_eq!(lines.len(), 3, "{lines:?}");
         assert!(
             lines.iter().all(|line| line["span"]["op"] == id.as_str()),
             "{lines:?}"
@@ -116,5 +117,6 @@ mod tests {
         assert_eq!(lines[0]["fields"]["op"], id.as_str());
         assert_eq!(lines[0]["fields"]["stage"], "root.prepare");
         assert_eq!(lines[1]["fields"]["message"], "in between");
+        assert_eq!(lines[2]["fields"]["outcome"], "done");
     }
 }

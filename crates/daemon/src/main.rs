@@ -13,6 +13,7 @@ mod doctor;
 mod error;
 mod extract;
 mod images;
+mod known_bases;
 mod log;
 mod long_work;
 mod operations;
@@ -28,6 +29,7 @@ mod sweep;
 mod time;
 mod usage;
 mod verify;
+mod warm;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -39,6 +41,7 @@ use clap::Parser;
 use offshoot_engine::fail_point;
 use offshoot_net::Namespace;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
 
 use crate::app::App;
 use crate::config::DaemonConfig;
@@ -135,10 +138,22 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         let listener = socket::listen(&socket, &app.config.socket_group)?;
         tracing::info!(socket = %socket.display(), data = %arguments.data_dir.display(), "ready");
         let patience = app.config.patience();
+        let operations = app.engine.operations().clone();
+        let engine = app.engine.clone();
+        warm::keep(&app);
+        let end = app.end.clone();
+        let asked = app.end.clone();
         let router = routes::router(app, patience);
         service_manager::tell_ready(&socket);
-        serve::serve(listener, router, patience, signals.stop()).await;
+        serve::serve(listener, router, patience, signals.stop(asked)).await;
+        end.cancel();
+        engine.end_slots().await;
+        if let Some(templates) = engine.templates() {
+            templates.end().await;
+        }
+        drop(engine);
         let _ = std::fs::remove_file(&socket);
+        operations.flush().await;
         tracing::info!("stopped; VMs run on");
         anyhow::Ok(())
     })?;
@@ -164,11 +179,12 @@ impl Signals {
         })
     }
 
-    /// Returns on SIGTERM or SIGINT. SIGHUP changes nothing, and the log says so: a terminal that went away shall not
+    /// Returns on SIGTERM or SIGINT, or when a client `asked` for it. SIGHUP changes nothing, and the log says so: a terminal that went away shall not
     /// take the daemon along, and settings are read at start only.
-    async fn stop(mut self) {
+    async fn stop(mut self, asked: CancellationToken) {
         loop {
             tokio::select! {
+                () = asked.cancelled() => break,
                 _ = self.terminate.recv() => break,
                 _ = self.interrupt.recv() => break,
                 _ = self.hang_up.recv() => tracing::info!(

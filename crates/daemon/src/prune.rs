@@ -8,6 +8,7 @@
 //!   tree       a VM whose root is shown as files: `virtiofs`, `copy`
 //!   kernel     a VM, being the default
 //!   download   nothing
+//!   template   a VM that runs and was restored from it; in the sweep that follows by itself, its base
 //! ```
 //!
 //! What nothing keeps stays nevertheless while it is younger than the grace time: somebody may be about to use it.
@@ -16,7 +17,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use offshoot_api::prune::PruneKind;
-use offshoot_model::{BaseId, Digest, KernelId};
+use offshoot_model::{BaseId, Digest, KernelId, TemplateId};
 
 /// The root back ends whose VMs need the tree of a base.
 pub const TREE_ROOTS: [&str; 2] = ["virtiofs", "copy"];
@@ -38,6 +39,8 @@ pub struct Facts {
     pub bases: Vec<BaseFacts>,
     /// Every kernel bundle.
     pub kernels: Vec<KernelFacts>,
+    /// Every template.
+    pub templates: Vec<TemplateFacts>,
 }
 
 /// One image under all its names.
@@ -97,6 +100,19 @@ pub struct KernelFacts {
     pub default: bool,
 }
 
+/// A template.
+#[derive(Clone, Debug)]
+pub struct TemplateFacts {
+    /// Which.
+    pub id: TemplateId,
+    /// The base that its VMs have; absent when it cannot be used.
+    pub base: Option<BaseId>,
+    /// When it was made, or a VM was last restored from it.
+    pub used_ms: u64,
+    /// Whether a VM runs that was restored from it.
+    pub leased: bool,
+}
+
 /// How eager to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rules {
@@ -104,6 +120,8 @@ pub struct Rules {
     pub all: bool,
     /// What is younger stays.
     pub grace: Duration,
+    /// Also templates that a VM could be restored from.
+    pub templates: bool,
 }
 
 impl Rules {
@@ -111,6 +129,7 @@ impl Rules {
     pub const SWEEP: Self = Self {
         all: false,
         grace: Duration::ZERO,
+        templates: false,
     };
 }
 
@@ -127,6 +146,8 @@ pub enum Item {
     Tree(BaseId),
     /// A kernel bundle.
     Kernel(KernelId),
+    /// A template.
+    Template(TemplateId),
 }
 
 impl Item {
@@ -138,6 +159,7 @@ impl Item {
             Self::Base(_) => PruneKind::Base,
             Self::Tree(_) => PruneKind::Tree,
             Self::Kernel(_) => PruneKind::Kernel,
+            Self::Template(_) => PruneKind::Template,
         }
     }
 
@@ -147,6 +169,7 @@ impl Item {
             Self::Blob(digest) | Self::Download(digest) => digest.to_string(),
             Self::Base(id) | Self::Tree(id) => id.to_string(),
             Self::Kernel(id) => id.to_string(),
+            Self::Template(id) => id.to_string(),
         }
     }
 }
@@ -213,6 +236,19 @@ pub fn plan(facts: &Facts, rules: Rules) -> Plan {
     for kernel in &facts.kernels {
         if !kernel.default && !used_kernels.contains(&kernel.id) {
             drop_it(Item::Kernel(kernel.id.clone()), kernel.created_ms);
+        }
+    }
+
+    let bases: HashSet<_> = facts
+        .bases
+        .iter()
+        .map(|base| &base.id)
+        .filter(|id| used_bases.contains(id) || image_bases.contains(id))
+        .collect();
+    for template in facts.templates.iter().filter(|template| !template.leased) {
+        let useful = template.base.as_ref().is_some_and(|base| bases.contains(base));
+        if rules.templates || !useful {
+            drop_it(Item::Template(template.id.clone()), template.used_ms);
         }
     }
 
@@ -318,6 +354,7 @@ mod tests {
                 kernel_facts(4, 2 * HOUR, false),
                 kernel_facts(5, 1, false),
             ],
+            templates: Vec::new(),
         }
     }
 
@@ -325,6 +362,7 @@ mod tests {
         Rules {
             all,
             grace: Duration::from_millis(grace_ms),
+            templates: true,
         }
     }
 
@@ -463,5 +501,36 @@ mod tests {
     #[test]
     fn empty_stores_have_nothing_to_lose() {
         check(&Facts::default(), rules(true, 0), &[], &[]);
+    }
+
+    #[test]
+    fn a_template_stays_for_the_vms_that_run_from_it() {
+        let template = |n: u8, base_of: Option<u8>, age_ms: u64, leased: bool| TemplateFacts {
+            id: TemplateId::from_bytes(&[n; 16]),
+            base: base_of.map(base),
+            used_ms: NOW - age_ms,
+            leased,
+        };
+        let facts = Facts {
+            templates: vec![
+                template(1, Some(1), 2 * HOUR, true),
+                template(2, Some(1), 2 * HOUR, false),
+                template(3, Some(1), 1, false),
+                template(4, Some(9), 2 * HOUR, false),
+                template(5, None, 2 * HOUR, false),
+            ],
+            ..facts()
+        };
+        let gone = |rules: Rules| -> Vec<u8> {
+            let ids = (1..=5).map(|n| (n, Item::Template(TemplateId::from_bytes(&[n; 16]))));
+            let plan = plan(&facts, rules);
+            ids.filter(|(_, item)| plan.remove.contains(item))
+                .map(|(n, _)| n)
+                .collect()
+        };
+        assert_eq!(gone(rules(false, HOUR)), [2, 4, 5]);
+        assert_eq!(gone(rules(false, 0)), [2, 3, 4, 5]);
+        // By itself goes only what no VM can be restored from.
+        assert_eq!(gone(Rules::SWEEP), [4, 5]);
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use offshoot_api::prune::{PruneFailure, PruneItem, PruneQuery, PruneReport};
 use offshoot_image::manifest::StoredImage;
 use offshoot_kernel::KernelStore;
+use offshoot_model::ErrorKind;
 use offshoot_rootfs::base::base_id;
 
 use crate::bases::TREE;
@@ -18,7 +19,8 @@ use crate::blocking::blocking;
 use crate::error::{Answer, Failure, chain};
 use crate::images::{Images, short};
 use crate::prune::{
-    BaseFacts, BlobFacts, Facts, ImageFacts, Item, KernelFacts, Plan, Rules, TREE_ROOTS, VmFacts, plan,
+    BaseFacts, BlobFacts, Facts, ImageFacts, Item, KernelFacts, Plan, Rules, TREE_ROOTS, TemplateFacts,
+    VmFacts, plan,
 };
 use crate::time::now_ms;
 
@@ -53,7 +55,11 @@ pub fn facts(images: &Images, kernels: Option<&KernelStore>) -> Answer<Facts> {
         facts.images.push(ImageFacts {
             names,
             digest,
-            base: base_id(&digest),
+            // An earlier version's base stays while it is the only one.
+            base: images
+                .bases
+                .of_image(&digest)
+                .map_or_else(|_| base_id(&digest), |base| base.id),
             blobs,
         });
     }
@@ -81,6 +87,18 @@ pub fn facts(images: &Images, kernels: Option<&KernelStore>) -> Answer<Facts> {
             id,
         });
     }
+    if let Some(templates) = images.engine.templates() {
+        let vms = images.engine.records();
+        for found in templates.list().map_err(|error| unreadable_templates(&error))? {
+            let stored = found.stored.as_ref().ok();
+            facts.templates.push(TemplateFacts {
+                base: stored.map(|stored| stored.manifest.key.base.clone()),
+                used_ms: stored.map_or(0, |stored| stored.used_ms),
+                leased: vms.iter().any(|vm| vm.runs_from(&found.id)),
+                id: found.id,
+            });
+        }
+    }
     let Some(kernels) = kernels else {
         return Ok(facts);
     };
@@ -100,6 +118,11 @@ pub fn facts(images: &Images, kernels: Option<&KernelStore>) -> Answer<Facts> {
         });
     }
     Ok(facts)
+}
+
+fn unreadable_templates(error: &std::io::Error) -> Failure {
+    let cannot = format!("cannot look at the templates: {error}");
+    Failure::new(ErrorKind::Internal, cannot)
 }
 
 /// Notes in the base's folder, where there is one, that a VM is made from it: the grace time counts from here.
@@ -207,6 +230,10 @@ fn bytes(images: &Images, kernels: &KernelStore, item: &Item) -> u64 {
             Ok(bundle) => bundle.dir,
             Err(_) => return 0,
         },
+        Item::Template(id) => match images.engine.templates() {
+            Some(templates) => templates.store.path(id),
+            None => return 0,
+        },
     };
     offshoot_sys::space::disk_usage(&place).unwrap_or(0)
 }
@@ -221,6 +248,12 @@ fn remove(images: &Images, kernels: Option<&KernelStore>, item: &Item) -> Answer
         Item::Kernel(id) => {
             return match kernels {
                 Some(kernels) => Ok(kernels.remove_unless_default(id)?),
+                None => Ok(false),
+            };
+        }
+        Item::Template(id) => {
+            return match images.engine.templates() {
+                Some(templates) => Ok(templates.remove_now(id)?),
                 None => Ok(false),
             };
         }
@@ -295,6 +328,7 @@ mod tests {
             let networks = NetworksConfig {
                 pool: DaemonConfig::default().network_pool,
                 data_dir: config.data_dir.clone(),
+                tap_pool_size: 0,
             };
             let networks = Networks::open(db.clone(), Namespace::own(), ports, networks);
             let engine = Engine::start(Parts {
@@ -302,6 +336,7 @@ mod tests {
                 networks: networks.await.unwrap(),
                 config,
                 capabilities: Vec::new(),
+                templates: None,
             })
             .await
             .unwrap();

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use offshoot_api::prune::PruneQuery;
 use offshoot_api::usage::{
-    BaseUsage, BlobUsage, DiskUsage, FileUsage, ImageUsage, KernelUsage, MemoryUsage, UsageTotals,
-    VmDiskUsage, VmUsage,
+    BaseUsage, BlobUsage, DiskUsage, FileUsage, ImageUsage, KernelUsage, MemoryUsage, TemplateUsage,
+    UsageTotals, VmDiskUsage, VmUsage,
 };
 use offshoot_engine::definition::VmRecord;
 use offshoot_engine::paths::VmPaths;
@@ -41,6 +41,7 @@ fn measure(images: &Images, kernels: &KernelStore) -> Answer<DiskUsage> {
         images: image_usage(&facts, per_image),
         bases: base_usage(images, &facts),
         kernels: kernel_usage(kernels, &facts)?,
+        templates: template_usage(images, &facts),
         ..DiskUsage::default()
     };
     for image in &mut usage.images {
@@ -61,6 +62,19 @@ fn measure(images: &Images, kernels: &KernelStore) -> Answer<DiskUsage> {
             memory: memory(&vm, &handle.paths),
         });
     }
+    for slot in images.engine.slots().list() {
+        let (disk, logs) = vm_files(slot.paths.data());
+        let memory = memory_of(&slot.record, &[slot.pid]);
+        let slots = &mut usage.slots;
+        slots.count += 1;
+        slots.bytes += disk.unique + logs.bytes;
+        slots.memory.processes += memory.processes;
+        slots.memory.rss += memory.rss;
+        slots.memory.pss += memory.pss;
+        slots.memory.unique += memory.unique;
+        slots.memory.shared += memory.shared;
+        slots.memory.swap += memory.swap;
+    }
     let rules = images.rules(PruneQuery::default());
     usage.totals.prune_grace_s = rules.grace.as_secs();
     let all = plan(&facts, crate::prune::Rules { all: true, ..rules });
@@ -70,6 +84,32 @@ fn measure(images: &Images, kernels: &KernelStore) -> Answer<DiskUsage> {
     }
     add_up(&mut usage);
     Ok(usage)
+}
+
+fn template_usage(images: &Images, facts: &Facts) -> Vec<TemplateUsage> {
+    let held: HashMap<_, _> = images
+        .engine
+        .templates()
+        .and_then(|templates| templates.list().ok())
+        .into_iter()
+        .flatten()
+        .map(|template| (template.id, (template.disk.bytes(), template.held.bytes())))
+        .collect();
+    let vms = images.engine.records();
+    facts
+        .templates
+        .iter()
+        .map(|template| {
+            let (bytes, memory) = held.get(&template.id).copied().unwrap_or_default();
+            TemplateUsage {
+                id: template.id.to_string(),
+                vms: vms.iter().filter(|vm| vm.runs_from(&template.id)).count() as u64,
+                bytes,
+                memory,
+                reclaimable: 0,
+            }
+        })
+        .collect()
 }
 
 /// The blobs together, and for each image how many bytes it shares and how many are its own.
@@ -262,6 +302,10 @@ fn bytes(usage: &DiskUsage, facts: &Facts, item: &Item) -> u64 {
             let kernel = usage.kernels.iter().find(|kernel| kernel.id == *id);
             kernel.map_or(0, |kernel| kernel.bytes)
         }
+        Item::Template(id) => {
+            let template = usage.templates.iter().find(|template| template.id == id.as_str());
+            template.map_or(0, |template| template.bytes)
+        }
     }
 }
 
@@ -282,6 +326,12 @@ fn reclaim(usage: &mut DiskUsage, facts: &Facts, item: &Item) {
                 kernel.reclaimable += bytes;
             }
         }
+        Item::Template(id) => {
+            let same = |template: &&mut TemplateUsage| template.id == id.as_str();
+            for template in usage.templates.iter_mut().filter(same) {
+                template.reclaimable += bytes;
+            }
+        }
     }
 }
 
@@ -290,6 +340,7 @@ fn add_up(usage: &mut DiskUsage) {
     *disk = usage.blobs.bytes + usage.downloads.bytes + usage.logs.bytes;
     *disk += usage.bases.iter().map(|base| base.bytes).sum::<u64>();
     *disk += usage.kernels.iter().map(|kernel| kernel.bytes).sum::<u64>();
+    *disk += usage.slots.bytes;
     *disk += usage.templates.iter().map(|template| template.bytes).sum::<u64>();
     *disk += usage.vms.iter().map(|vm| vm.disk.unique).sum::<u64>();
     for vm in usage.vms.iter().filter_map(|vm| vm.memory) {

@@ -31,7 +31,9 @@ pub async fn verify(images: &Images, reference: &str, progress: &Progress) -> An
         };
         let mut parts = check.image(&row.digest)?;
         let task = progress.start("checking the base", ProgressUnit::Items, None);
-        parts.extend(bases::verify(&images.bases, &base_id(&row.digest)));
+        let base = images.bases.of_image(&row.digest);
+        let base = base.map_or_else(|_| base_id(&row.digest), |base| base.id);
+        parts.extend(bases::verify(&images.bases, &base));
         progress.finish(task);
         drop(lease);
         Ok(VerifyReport {

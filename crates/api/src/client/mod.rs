@@ -17,7 +17,7 @@ mod work;
 use std::path::{Path, PathBuf};
 
 use http::Method;
-use offshoot_model::VmConfig;
+use offshoot_model::{OperationTiming, VmConfig};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
@@ -36,14 +36,16 @@ use crate::doctor::{DoctorFixReport, DoctorReport};
 use crate::event::EventsQuery;
 use crate::image::{
     BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImagesQuery, ImportQuery,
-    PrepareQuery, PullRequest, VerifyReport,
+    PrepareQuery, PullRequest, VerifyReport, WarmRequest,
 };
-use crate::kernel::{DistroRequest, KernelSummary};
+use crate::kernel::{BuildQuery, DistroRequest, KernelSummary};
 use crate::network::{NetworkDetails, NetworkRequest, NetworkSummary};
+use crate::operation::OperationsQuery;
 use crate::prune::{PruneQuery, PruneReport};
 use crate::ssh::{SshHosts, SshHostsQuery, SshQuery};
 use crate::stats::VmStats;
-use crate::system::SystemInfo;
+use crate::system::{ShutdownRequest, SystemInfo};
+use crate::template::TemplateSummary;
 use crate::usage::DiskUsage;
 use crate::vm::{
     ArchiveQuery, ArchiveUnpacked, AttachQuery, KillQuery, ListQuery, LogsQuery, PATH_STAT_HEADER, PathStat,
@@ -78,6 +80,12 @@ impl Client {
         self.get("/v1/system/info").await
     }
 
+    /// Ends the daemon, and with `drain` gives back what it keeps ready for VMs to come. VMs run on. It is about to end when this
+    /// returns.
+    pub async fn shut_down(&self, request: &ShutdownRequest) -> Result<(), ClientError> {
+        self.post_json("/v1/system/shutdown", request).await.map(drop)
+    }
+
     /// Who answers for the names of VMs.
     pub async fn dns(&self) -> Result<DnsInfo, ClientError> {
         self.get("/v1/dns").await
@@ -96,12 +104,22 @@ impl Client {
         ))
     }
 
+    /// Operations that are over, and where their time went; the newest come last.
+    pub async fn operations(&self, query: &OperationsQuery) -> Result<Vec<OperationTiming>, ClientError> {
+        self.get(&url::with_query("/v1/operations", query)).await
+    }
+
     /// Mends what can be mended safely, and checks again.
     pub async fn doctor_fix(&self) -> Result<Work<DoctorFixReport>, ClientError> {
         let answer = self
             .send(Method::POST, "/v1/system/doctor/fix", Upload::none())
             .await?;
         Ok(Work::new(answer.into_body()))
+    }
+
+    /// From now on, and until the daemon ends, an image has so many warm slots.
+    pub async fn warm_image(&self, request: &WarmRequest) -> Result<(), ClientError> {
+        self.post_json("/v1/images/warm", request).await.map(drop)
     }
 
     /// What everything takes on disk, and VMs in memory.
@@ -377,6 +395,18 @@ impl Client {
         ))
     }
 
+    /// Compiles a kernel, out of the distribution's source or of what the tar holds: see [`BuildQuery`].
+    pub async fn build_kernel(
+        &self,
+        query: &BuildQuery,
+        tar: Upload,
+    ) -> Result<Work<KernelSummary>, ClientError> {
+        let target = url::with_query("/v1/kernels/build", query);
+        Ok(Work::new(
+            self.send(Method::POST, &target, tar).await?.into_body(),
+        ))
+    }
+
     /// Removes a kernel bundle.
     pub async fn remove_kernel(&self, id: &str) -> Result<(), ClientError> {
         let target = format!("/v1/kernels/{}", url::encode(id));
@@ -387,6 +417,17 @@ impl Client {
     pub async fn set_default_kernel(&self, id: &str) -> Result<KernelSummary, ClientError> {
         self.post(&format!("/v1/kernels/{}/default", url::encode(id)))
             .await
+    }
+
+    /// The templates.
+    pub async fn templates(&self) -> Result<Vec<TemplateSummary>, ClientError> {
+        self.get("/v1/templates").await
+    }
+
+    /// Removes a template.
+    pub async fn remove_template(&self, id: &str) -> Result<(), ClientError> {
+        let target = format!("/v1/templates/{}", url::encode(id));
+        self.send(Method::DELETE, &target, Upload::none()).await.map(drop)
     }
 
     /// Every network.

@@ -104,7 +104,8 @@ async fn refresh_kernel(app: &App, mended: &mut Mended) -> Answer<()> {
     Ok(())
 }
 
-/// Makes the bases again that are damaged, or that a VM needs and are gone. One that belongs to no image in the store
+/// Makes the bases again that are damaged, or that a VM needs and are gone, and the current ones of images that have only one
+/// of an earlier version without a seed. One that belongs to no image in the store
 /// cannot be made; where no VM needs it either, it goes.
 async fn prepare_bases(app: &App, progress: &Progress, mended: &mut Mended) -> Answer<()> {
     let rows = app.engine.db().call(offshoot_store::db::Db::vms).await?;
@@ -115,12 +116,18 @@ async fn prepare_bases(app: &App, progress: &Progress, mended: &mut Mended) -> A
         if !seen.insert(id.clone()) {
             continue;
         }
-        let (bases, wanted) = (app.images.bases.clone(), id.clone());
-        let found = blocking("looking at a base", move || Ok(bases.get(&wanted).map(drop))).await?;
-        if is_well(&found, needed.contains(&id)) {
+        let (bases, wanted) = (app.images.bases.clone(), image.digest);
+        let found = blocking("looking at a base", move || {
+            Ok(bases.of_image(&wanted).map(|base| base.lacks()))
+        })
+        .await?;
+        let lacks_seeds = found.as_ref().is_ok_and(|lacks| !lacks.is_empty());
+        if !lacks_seeds && is_well(&found.map(drop), needed.contains(&id)) {
             continue;
         }
-        match app.images.prepare(&image.reference, true, progress).await {
+        // Without a seed it is an earlier version's, beside which the current one is made.
+        match app.images.prepare(&image.reference, !lacks_seeds, progress).await {
+            Ok(_) if lacks_seeds => mended.did(format!("made a base of {} with all seeds", image.reference)),
             Ok(_) => mended.did(format!("made the base of {} again", image.reference)),
             Err(failure) => mended.could_not(failure),
         }

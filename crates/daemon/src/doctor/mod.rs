@@ -30,7 +30,7 @@ pub use fix::mend;
 /// Every finding there is now.
 pub async fn report(app: &App) -> Vec<Finding> {
     let mut findings = app.engine.check().await;
-    findings.push(images::check(&app.images).await);
+    findings.extend(images::check(&app.images).await);
     findings.extend(database::check(app.engine.db(), &app.data_dir).await);
     findings.extend(modes::check(app).await);
     findings.push(leftovers::judge(&leftovers::look(app).await));

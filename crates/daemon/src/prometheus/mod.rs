@@ -82,6 +82,10 @@ impl Numbers {
         for (state, count) in by_state(states) {
             gauge!(names::VMS, "state" => state.as_str()).set(float(count));
         }
+        let taps = app.engine.networks().taps().facts();
+        gauge!(names::TAP_POOL_WANTED).set(float(taps.wanted as u64));
+        gauge!(names::TAP_POOL_READY).set(float(taps.ready as u64));
+        gauge!(names::WARM_SLOTS).set(float(app.engine.slots().list().len() as u64));
         self.traffic.refresh(app).await;
         process::look();
         self.handle.render()

@@ -22,6 +22,9 @@ pub(super) const PUBLISHED_PORTS: &str = "offshoot_published_ports";
 pub(super) const NETWORK_BYTES: &str = "offshoot_network_bytes_total";
 pub(super) const NETWORK_PACKETS: &str = "offshoot_network_packets_total";
 pub(super) const NETWORK_DROPPED: &str = "offshoot_network_dropped_packets_total";
+pub(super) const TAP_POOL_WANTED: &str = "offshoot_tap_pool_wanted";
+pub(super) const TAP_POOL_READY: &str = "offshoot_tap_pool_ready";
+pub(super) const WARM_SLOTS: &str = "offshoot_warm_slots";
 pub(super) const RESIDENT_BYTES: &str = "process_resident_memory_bytes";
 pub(super) const OPEN_FDS: &str = "process_open_fds";
 pub(super) const MAX_FDS: &str = "process_max_fds";
@@ -40,7 +43,7 @@ pub(super) enum Kind {
 }
 
 /// Every metric: how it moves, its name, what it counts.
-pub(super) const ALL: [(Kind, &str, &str); 30] = [
+pub(super) const ALL: [(Kind, &str, &str); 35] = [
     (Kind::Gauge, BUILD_INFO, "Always 1; its labels say what runs"),
     (Kind::Gauge, VMS, "VMs by state"),
     (
@@ -133,6 +136,27 @@ pub(super) const ALL: [(Kind, &str, &str); 30] = [
         Kind::Counter,
         NETWORK_DROPPED,
         "Packets from and to the network devices of all VMs that were not taken",
+    ),
+    (
+        Kind::Gauge,
+        TAP_POOL_WANTED,
+        "How many idle TAPs the bridges of networks shall have ready, together",
+    ),
+    (Kind::Gauge, TAP_POOL_READY, "Idle TAPs that are ready"),
+    (
+        Kind::Counter,
+        measure::TAP_CLAIMS,
+        "TAPs that starts of VMs asked a pool for; a miss was made on the spot",
+    ),
+    (
+        Kind::Gauge,
+        WARM_SLOTS,
+        "Warm slots that are ready: VMs that are nobody's yet",
+    ),
+    (
+        Kind::Counter,
+        measure::SLOT_CLAIMS,
+        "VMs that were created while warm slots were ready; a miss is one that no slot fitted",
     ),
     (Kind::Gauge, RESIDENT_BYTES, "Resident memory of the daemon"),
     (Kind::Gauge, OPEN_FDS, "Open file descriptors of the daemon"),

@@ -7,16 +7,17 @@ use axum::response::Response;
 use futures::StreamExt as _;
 use offshoot_api::image::{
     BootstrapRequest, ImageDetails, ImageQuery, ImageRemoveQuery, ImageSummary, ImagesQuery, ImportQuery,
-    PrepareQuery, PullRequest, VerifyReport,
+    PrepareQuery, PullRequest, VerifyReport, WarmRequest,
 };
 use offshoot_api::progress::Line;
 use offshoot_image::reference::ImageReference;
+use offshoot_model::ErrorKind;
 use tokio_util::io::{StreamReader, SyncIoBridge};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::Shared;
-use crate::error::Answer;
+use crate::error::{Answer, Failure};
 use crate::extract::{JsonBody, Query, Upload};
 use crate::long_work;
 use crate::verify;
@@ -30,6 +31,7 @@ pub(super) fn routes() -> OpenApiRouter<Shared> {
         .routes(routes!(bootstrap))
         .routes(routes!(prepare))
         .routes(routes!(verify))
+        .routes(routes!(warm))
 }
 
 #[utoipa::path(get, path = "/v1/images", params(ImagesQuery),
@@ -48,6 +50,24 @@ async fn list(
     responses((status = 204)))]
 async fn remove(State(app): State<Shared>, Query(query): Query<ImageRemoveQuery>) -> Answer<StatusCode> {
     app.images.remove(&query.reference, query.force).await?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// More would be a mistake: each keeps a whole VM in memory.
+const MOST_SLOTS: u32 = 64;
+
+#[utoipa::path(post, path = "/v1/images/warm", request_body = WarmRequest,
+    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn warm(State(app): State<Shared>, JsonBody(request): JsonBody<WarmRequest>) -> Answer<StatusCode> {
+    if request.slots > MOST_SLOTS {
+        return Err(Failure::new(
+            ErrorKind::InvalidRequest,
+            format!("an image has at most {MOST_SLOTS} warm slots"),
+        )
+        .hint("ask for fewer: each keeps a whole VM in memory"));
+    }
+    app.images.row(&request.reference).await?;
+    app.warm.set(request.reference, request.slots as usize);
     Ok(StatusCode::NO_CONTENT)
 }
 

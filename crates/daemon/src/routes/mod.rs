@@ -11,11 +11,13 @@ mod kernels;
 mod logs;
 mod metrics;
 mod networks;
+mod operations;
 mod session;
 mod ssh;
 mod stats;
 mod system;
-mod vms;
+mod templates;
+pub mod vms;
 
 use std::any::Any;
 
@@ -53,8 +55,10 @@ pub fn router(app: Shared, patience: Patience) -> axum::Router {
         .merge(images::routes())
         .merge(kernels::routes())
         .merge(networks::routes())
+        .merge(templates::routes())
         .merge(system::routes())
         .merge(events::routes())
+        .merge(operations::routes())
         .merge(metrics::routes())
         .merge(doctor::routes())
         .merge(dns::routes())

@@ -2,20 +2,23 @@
 
 use axum::Json;
 use axum::extract::State;
+use axum::http::StatusCode;
 use offshoot_api::prune::{PruneQuery, PruneReport};
-use offshoot_api::system::{SystemInfo, VmmSummary};
+use offshoot_api::system::{ShutdownRequest, SystemInfo, TapPool, VmmSummary};
 use offshoot_api::usage::DiskUsage;
+use offshoot_model::ErrorKind;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::app::Shared;
-use crate::error::Answer;
-use crate::extract::Query;
+use crate::error::{Answer, Failure};
+use crate::extract::{JsonBody, Query};
 use crate::{sweep, usage};
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new()
         .routes(routes!(info))
+        .routes(routes!(shut_down))
         .routes(routes!(df))
         .routes(routes!(preview, prune))
 }
@@ -35,6 +38,7 @@ async fn info(State(app): State<Shared>) -> Answer<Json<SystemInfo>> {
         }
     }
     let vms = app.engine.list();
+    let taps = app.engine.networks().taps().facts();
     let probe = &app.accelerator.probe;
     let kvm = match (probe.native, probe.present, probe.permitted) {
         (true, ..) => "native",
@@ -61,7 +65,35 @@ async fn info(State(app): State<Shared>) -> Answer<Json<SystemInfo>> {
             .filter(|handle| handle.view.borrow().life.state.has_vmm())
             .count() as u64,
         images: app.images.list().await?.len() as u64,
+        tap_pool: TapPool {
+            size: taps.size as u64,
+            ready: taps.ready as u64,
+            wanted: taps.wanted as u64,
+        },
     }))
+}
+
+#[utoipa::path(post, path = "/v1/system/shutdown", request_body = ShutdownRequest,
+    responses((status = 204), (status = "4XX", body = offshoot_api::error::ApiError)))]
+async fn shut_down(
+    State(app): State<Shared>,
+    JsonBody(request): JsonBody<ShutdownRequest>,
+) -> Answer<StatusCode> {
+    let pid = std::process::id();
+    if request.pid != pid {
+        return Err(Failure::new(
+            ErrorKind::Conflict,
+            format!("this daemon is process {pid}, not {}", request.pid),
+        )
+        .hint("ask `offshoot system info` again"));
+    }
+    if request.drain {
+        app.engine.end_slots().await;
+        app.engine.networks().drain().await?;
+    }
+    tracing::info!(drain = request.drain, "a client asks the daemon to end");
+    app.end.cancel();
+    Ok(StatusCode::NO_CONTENT)
 }
 
 #[utoipa::path(get, path = "/v1/system/df", responses((status = 200, body = DiskUsage)))]
@@ -78,5 +110,8 @@ async fn preview(State(app): State<Shared>, Query(query): Query<PruneQuery>) -> 
 #[utoipa::path(post, path = "/v1/system/prune", params(PruneQuery),
     responses((status = 200, body = PruneReport), (status = "4XX", body = offshoot_api::error::ApiError)))]
 async fn prune(State(app): State<Shared>, Query(query): Query<PruneQuery>) -> Answer<Json<PruneReport>> {
+    if query.all {
+        app.warm.clear();
+    }
     Ok(Json(sweep::prune(&app.images, &app.kernels, query).await?))
 }

@@ -12,9 +12,13 @@ use offshoot_api::vm::{
 use offshoot_engine::capabilities::check_source;
 use offshoot_engine::definition::{Choice, VmRecord};
 use offshoot_engine::engine::CreateRequest;
+use offshoot_engine::operation::{Stages, Subject};
 use offshoot_engine::owner::{Request, VmHandle};
 use offshoot_engine::ssh_keys::check_keys;
-use offshoot_model::{Boot, ErrorKind, Progress, VmConfig, VmName, VmState};
+use offshoot_kernel::KernelBundle;
+use offshoot_model::{ErrorKind, Progress, StageTiming, VmConfig, VmId, VmName, VmState};
+use offshoot_store::db::OperationFilter;
+use tokio::sync::OwnedRwLockReadGuard;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
@@ -107,28 +111,49 @@ async fn create(
         }
         .into());
     }
-    if config.boot == Boot::Template {
-        return Err(Failure::new(
-            ErrorKind::NotPossible,
-            "this version has no templates: every VM boots its kernel",
-        )
-        .hint("leave `--boot` out, or use `--boot cold`"));
-    }
     for mount in &config.mounts {
         check_source(mount)?;
     }
     check_keys(&config.ssh.keys)?;
-    // What is no reference, or names no image, is told before what this host lacks.
-    app.images.row(&config.image).await?;
-    let vms = app.engine.list().len() as u64;
-    app.admission
-        .admit_creation(config.memory, vms, app.config.uid_count)?;
-    let vmm = choose::vmm(&app, config.vmm)?;
-    let kernel = app.kernels.default()?;
-    // Refused before anything is made; chosen when it is known how large the root is.
-    choose::root(&app, &config, &vmm, &kernel, None).await?;
-    let ready = app.images.ready(&config.image, &Progress::silent()).await?;
-    let root = choose::root(&app, &config, &vmm, &kernel, Some(ready.root_size)).await?;
+    let subject = Subject::named(config.image.clone());
+    let mut stages = app.engine.operations().begin("create", subject);
+    let (request, lease) = ready_to_create(&app, config, &mut stages).await?;
+    let handle = app.engine.create_within(request, stages).await?;
+    drop(lease);
+    let vm = handle.view.borrow().clone();
+    Ok((StatusCode::CREATED, Json(summary(&vm))))
+}
+
+/// Decides all that is left to decide of a VM, and makes what its image lacks; what it needs is there as long as the lease is.
+pub async fn ready_to_create(
+    app: &Shared,
+    config: VmConfig,
+    stages: &mut Stages,
+) -> Answer<(CreateRequest, OwnedRwLockReadGuard<()>)> {
+    let choices = async {
+        // What is no reference, or names no image, is told before what this host lacks.
+        app.images.row(&config.image).await?;
+        let vms = app.engine.list().len() as u64;
+        app.admission
+            .admit_creation(config.memory, vms, app.config.uid_count)?;
+        let kernel = kernel_of(app, &config)?;
+        let vmm = choose::vmm(app, &config, &kernel).await?;
+        // Refused before anything is made; chosen when it is known how large the root is.
+        choose::root(app, &config, &vmm, &kernel, None).await?;
+        Answer::Ok(vmm)
+    };
+    let vmm = stages.stage("choose", choices).await?;
+    let (images, image) = (app.images.clone(), config.image.clone());
+    let ready = stages
+        .stage_with_tasks("image", &Progress::silent(), |progress| async move {
+            images.ready(&image, &progress).await
+        })
+        .await?;
+    // Again, and for good: the lease of what is ready keeps away whoever would delete it.
+    let kernel = kernel_of(app, &config)?;
+    let root = choose::root(app, &config, &vmm, &kernel, Some(ready.root_size));
+    let root = stages.stage("root", root).await?;
+    choose::refuse_boot(&config, &root)?;
     let request = CreateRequest {
         image_config: ready.image.config.clone(),
         image_digest: ready.image.digest,
@@ -138,10 +163,15 @@ async fn create(
         root,
         config,
     };
-    let handle = app.engine.create(request).await?;
-    drop(ready.lease);
-    let vm = handle.view.borrow().clone();
-    Ok((StatusCode::CREATED, Json(summary(&vm))))
+    Ok((request, ready.lease))
+}
+
+/// The kernel bundle that was asked for, or the default one.
+fn kernel_of(app: &App, config: &VmConfig) -> Answer<KernelBundle> {
+    Ok(match &config.kernel {
+        Some(id) => app.kernels.get(id)?,
+        None => app.kernels.default()?,
+    })
 }
 
 #[utoipa::path(get, path = "/v1/vms", params(ListQuery), responses((status = 200, body = [VmSummary])))]
@@ -157,7 +187,7 @@ async fn inspect(State(app): State<Shared>, Named(name): Named<VmName>) -> Answe
     let handle = app.engine.find(name.as_str())?;
     let vm = handle.view.borrow().clone();
     let id = vm.id.clone();
-    let timings = app.engine.db().call(move |db| db.stages(&id)).await?;
+    let timings = last_timings(&app, id).await?;
     let decision = |choice: &Choice| Decision {
         chosen: choice.chosen.clone(),
         reasons: choice.reasons.clone(),
@@ -184,12 +214,29 @@ async fn inspect(State(app): State<Shared>, Named(name): Named<VmName>) -> Answe
         process: vm.definition.process.clone(),
         vmm: decision(&vm.definition.vmm),
         root: decision(&vm.definition.root),
+        boot: vm.life.boot.as_ref().map(|boot| decision(&boot.choice)),
         pid: vm.life.machine.as_ref().map(|machine| machine.process.pid as i32),
         failure: vm.life.failure.clone(),
         directory: handle.paths.data().display().to_string(),
         disk_bytes,
         timings,
     }))
+}
+
+/// The stages of a VM's last operation of each kind.
+async fn last_timings(app: &App, id: VmId) -> Answer<Vec<StageTiming>> {
+    let filter = OperationFilter {
+        vm_id: Some(id),
+        ..OperationFilter::default()
+    };
+    let kept = app
+        .engine
+        .operations()
+        .read(filter, super::operations::MOST)
+        .await?;
+    let is_last = |at: usize| kept[at + 1..].iter().all(|later| later.kind != kept[at].kind);
+    let last = (0..kept.len()).filter(|at| is_last(*at));
+    Ok(last.flat_map(|at| kept[at].stages.clone()).collect())
 }
 
 #[utoipa::path(delete, path = "/v1/vms/{vm}", params(VmPath, RemoveQuery),
