@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, Subcommand};
 use offshoot_api::client::Client;
 
+use crate::bench::{self, BenchCommand};
 use crate::cp::{self, CpArgs};
 use crate::doctor::{self, DoctorArgs};
 use crate::error::Failure;
@@ -21,6 +22,7 @@ use crate::run::{self, AttachArgs, CreateArgs, RunArgs, StartArgs};
 use crate::ssh::{self, KnownHostsArgs, ProxyArgs, SshArgs, SshConfigArgs};
 use crate::stats::{self, StatsArgs};
 use crate::system::{self, CompletionArgs, SystemCommand};
+use crate::template::{self, TemplateCommand};
 use crate::usage::{self, DfArgs};
 use crate::vm::{self, InspectArgs, KillArgs, PsArgs, RenameArgs, ResetArgs, RmArgs, StopArgs, VmsArgs};
 
@@ -116,6 +118,9 @@ enum Verb {
     /// Work with kernels
     #[command(subcommand)]
     Kernel(KernelCommand),
+    /// Work with templates: saved VMs that others are restored from
+    #[command(subcommand)]
+    Template(TemplateCommand),
     /// Work with networks
     #[command(subcommand, visible_alias = "network")]
     Net(NetCommand),
@@ -128,6 +133,9 @@ enum Verb {
     Prune(PruneArgs),
     /// Check what this machine can do; status 1 when VMs cannot run
     Doctor(DoctorArgs),
+    /// Measure how fast VMs come
+    #[command(subcommand)]
+    Bench(BenchCommand),
     /// Write a completion script
     Completion(CompletionArgs),
     /// Show the versions of client and daemon
@@ -178,11 +186,15 @@ impl Cli {
             Verb::Port(args) => ports::port(client, &args).await,
             Verb::Image(command) => image::image(client, command).await,
             Verb::Kernel(command) => kernel::kernel(client, command).await,
+            Verb::Template(command) => template::template(client, command).await,
             Verb::Net(command) => net::net(client, command).await,
             Verb::System(SystemCommand::Info(args)) | Verb::Info(args) => system::info(client, args).await,
+            Verb::System(SystemCommand::Timings(args)) => system::timings(client, args).await,
+            Verb::System(SystemCommand::Shutdown(args)) => system::shut_down(client, &args).await,
             Verb::Df(args) => usage::df(client, &args).await,
             Verb::Prune(args) => prune::prune(client, &args).await,
             Verb::Doctor(args) => doctor::doctor(client, args).await,
+            Verb::Bench(command) => bench::bench(client, command).await,
             Verb::Completion(args) => system::completion(&args),
             Verb::Version(args) => system::version(client, args).await,
             Verb::Images(args) => image::ls(client, &args).await,
@@ -245,11 +257,13 @@ mod tests {
           port        Show which ports of the host lead to a VM
           image       Work with images
           kernel      Work with kernels
+          template    Work with templates: saved VMs that others are restored from
           net         Work with networks [alias: network]
           system      Look at the daemon
           df          Show what everything takes on disk, and VMs in memory
           prune       Delete what nothing needs any more
           doctor      Check what this machine can do; status 1 when VMs cannot run
+          bench       Measure how fast VMs come
           completion  Write a completion script
           version     Show the versions of client and daemon
 
@@ -275,6 +289,9 @@ mod tests {
 
         Options:
           -d, --detach                    Run in the background and print the VM's id
+              --timings[=<FORMAT>]        Draw on standard error where the time went, in this program and in
+                                          the daemon; `json` writes the numbers [possible values: table,
+                                          json]
           -q, --quiet                     Show no progress
               --verbose                   Say which VMM and which root was chosen, and why
               --name <NAME>               Name of the VM [default: made up]
@@ -310,6 +327,7 @@ mod tests {
                                           auto, pmem, block, virtiofs, copy]
               --vmm <VMM>                 Which VMM runs it [default: auto] [possible values: auto, qemu,
                                           cloud-hypervisor, firecracker]
+              --kernel <KERNEL>           Which kernel it boots [default: the one that `kernel ls` marks]
               --boot <BOOT>               Whether to boot it or restore a template [default: auto] [possible
                                           values: auto, cold, template]
               --ssh-key <FILE|KEY>        Public key that opens the VM over SSH, or a file with some,
@@ -436,6 +454,29 @@ mod tests {
     }
 
     #[test]
+    fn help_of_kernel_build() {
+        insta::assert_snapshot!(help(&["kernel", "build"]), @r#"
+        Compile a kernel for guests, with all drivers built in
+
+        Usage: offshoot kernel build [OPTIONS]
+
+        Options:
+          -j, --jobs <N>                Compilers at once [default: as many as there are processors]
+              --config-fragment <FILE>  Options to add or to change: lines like CONFIG_KVM=y
+              --source <FILE>           Tarball of Linux [default: the distribution's package
+                                        linux-source-6.12, which is not installed]
+          -q, --quiet                   Show no progress
+              --output <FORMAT>         How to show the result [default: table] [possible values: table,
+                                        json]
+          -h, --help                    Print help (see more with '--help')
+
+        Global options:
+              --socket <PATH>  Where the daemon listens [env: OFFSHOOT_SOCKET] [default:
+                               /run/offshoot/api.sock]
+        "#);
+    }
+
+    #[test]
     fn dockers_words_are_known() {
         for words in [
             &["images"][..],
@@ -464,6 +505,18 @@ mod tests {
             &["image", "import", "--name", "x", "-"],
             &["kernel", "add", "--distro"],
             &["kernel", "add", "--vmlinux", "f", "--modules", "d"],
+            &[
+                "kernel",
+                "build",
+                "-j",
+                "4",
+                "--config-fragment",
+                "f",
+                "--source",
+                "s",
+                "--output",
+                "json",
+            ],
             &["ps", "-aq", "--output", "json"],
             &["cp", "x:/a", "-"],
             &["run", "--rm", "x", "--socket", "y"],
@@ -507,6 +560,7 @@ mod tests {
             &["kernel", "add"],
             &["kernel", "add", "--distro", "--vmlinux", "f"],
             &["kernel", "add", "--modules", "d", "--distro"],
+            &["kernel", "build", "--jobs", "0"],
             &["ps", "--output", "yaml"],
             &["inspect", ""],
             &["start", "-i", "x"],

@@ -1,4 +1,4 @@
-//! `run --verbose`: which VMM and which root the daemon chose, why, and what it passed over.
+//! `run --verbose`: which VMM, which root and which boot the daemon chose, why, and what it passed over.
 
 use offshoot_api::client::Client;
 use offshoot_api::vm::{Decision, VmDetails};
@@ -18,8 +18,10 @@ pub(crate) async fn tell(client: &Client, vm: &str) {
     }
 }
 
-fn lines(details: &VmDetails) -> [String; 2] {
-    [told("vmm", &details.vmm), told("root", &details.root)]
+fn lines(details: &VmDetails) -> Vec<String> {
+    let mut lines = vec![told("vmm", &details.vmm), told("root", &details.root)];
+    lines.extend(details.boot.as_ref().map(|boot| told("boot", boot)));
+    lines
 }
 
 /// `root: block (a reason; another); not pmem: its reason; not virtiofs: its reason`

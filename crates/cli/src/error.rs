@@ -106,6 +106,28 @@ impl Failure {
         self
     }
 
+    /// Adds a cause that is known by its words alone.
+    #[must_use]
+    pub(crate) fn because(mut self, cause: impl Into<String>) -> Self {
+        if let Some(error) = &mut self.error {
+            error.causes.push(cause.into());
+        }
+        self
+    }
+
+    /// The message and its causes in one line.
+    pub(crate) fn told(&self) -> String {
+        let Some(error) = &self.error else {
+            return String::new();
+        };
+        let mut told = error.message.clone();
+        for cause in &error.causes {
+            told.push_str(": ");
+            told.push_str(cause);
+        }
+        told
+    }
+
     #[must_use]
     pub(crate) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.error = self.error.map(|error| error.hint(hint));
@@ -171,7 +193,7 @@ fn render(error: &ApiError) -> String {
     let mut text = format!("error: {}\n", clean(&error.message));
     for cause in &error.causes {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "  caused by: {}", clean(cause));
+        let _ = writeln!(text, "  caused by: {}", clean_lines(cause));
     }
     for hint in &error.hints {
         let _ = writeln!(text, "hint: {}", clean(hint));
@@ -182,6 +204,12 @@ fn render(error: &ApiError) -> String {
         let _ = writeln!(text, "operation: {} (in the daemon's log)", clean(operation));
     }
     text
+}
+
+/// The last words of a program are lines; none of them may pass for a line of ours.
+fn clean_lines(text: &str) -> String {
+    let lines: Vec<_> = text.split('\n').map(clean).collect();
+    lines.join("\n    ")
 }
 
 /// Whether the daemon's log may say more: what a user asked for wrongly is said in full by the error itself.
@@ -213,6 +241,17 @@ mod tests {
         error: cannot start VM `web`
           caused by: permission denied
         hint: add your user to the group `kvm`, or run `offshoot doctor`
+        ");
+    }
+
+    #[test]
+    fn lines_of_a_cause_stay_below_it() {
+        let failure = Failure::invalid("cannot compile a kernel")
+            .caused_by(&io::Error::other("make failed:\nhint: \u{1b}[2Ja.c:1: boom"));
+        insta::assert_snapshot!(render(&failure.error.unwrap()), @r"
+        error: cannot compile a kernel
+          caused by: make failed:
+            hint: \u{1b}[2Ja.c:1: boom
         ");
     }
 

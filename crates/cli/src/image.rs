@@ -1,5 +1,6 @@
 //! `image`: everything that comes into the store, and what is there.
 
+use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{self, IsTerminal};
 use std::path::{Path, PathBuf};
@@ -9,14 +10,15 @@ use clap::{ArgAction, Args, Subcommand};
 use offshoot_api::client::{Client, Upload};
 use offshoot_api::image::{
     BootstrapRequest, ImageQuery, ImageRemoveQuery, ImageSummary, ImportQuery, PrepareQuery, PullRequest,
+    SeedState, WarmRequest,
 };
 use offshoot_model::ByteSize;
 
 use crate::age;
 use crate::credentials;
 use crate::each::each;
-use crate::error::Failure;
-use crate::output::{Output, OutputArgs, json, line, now_ms, table};
+use crate::error::{ERROR, Failure, report_and_go_on};
+use crate::output::{Output, OutputArgs, json, line, note, now_ms, table};
 use crate::packing::{Owner, append_tree, tar_upload};
 use crate::progress::Bars;
 use crate::verify::{VerifyArgs, verify};
@@ -39,8 +41,28 @@ pub(crate) enum ImageCommand {
     Rm(RmArgs),
     /// Make an image ready to start VMs from
     Prepare(PrepareArgs),
+    /// Keep VMs of an image ready that are nobody's yet: the next ones that are created take them over
+    Warm(WarmArgs),
     /// Check that an image and what was made of it are undamaged; status 1 when they are not
     Verify(VerifyArgs),
+}
+
+#[derive(Clone, Debug, Args)]
+pub(crate) struct WarmArgs {
+    /// Image, such as debian:bookworm
+    reference: String,
+    /// How many, until the daemon ends; 0 for none. `warm_slots` in its settings keeps them
+    #[arg(value_name = "SLOTS")]
+    slots: u32,
+}
+
+async fn warm(client: &Client, args: WarmArgs) -> Result<u8, Failure> {
+    let request = WarmRequest {
+        reference: args.reference,
+        slots: args.slots,
+    };
+    client.warm_image(&request).await?;
+    Ok(0)
 }
 
 #[derive(Clone, Debug, Args)]
@@ -136,8 +158,12 @@ pub(crate) struct PrepareArgs {
     quiet: bool,
     #[command(flatten)]
     output: OutputArgs,
+    /// Every image that is not ready, or was made ready by an earlier version
+    #[arg(short, long, conflicts_with = "reference")]
+    all: bool,
     /// Image
-    reference: String,
+    #[arg(required_unless_present = "all")]
+    reference: Option<String>,
 }
 
 pub(crate) async fn image(client: &Client, command: ImageCommand) -> Result<u8, Failure> {
@@ -159,6 +185,7 @@ pub(crate) async fn image(client: &Client, command: ImageCommand) -> Result<u8, 
         ImageCommand::Rm(args) => rm(client, args).await,
         ImageCommand::Prepare(args) => prepare(client, args).await,
         ImageCommand::Verify(args) => verify(client, args).await,
+        ImageCommand::Warm(args) => warm(client, args).await,
     }
 }
 
@@ -304,8 +331,52 @@ pub(crate) async fn prepare_image(
 }
 
 async fn prepare(client: &Client, args: PrepareArgs) -> Result<u8, Failure> {
-    let image = prepare_image(client, &args.reference, args.force, args.quiet).await?;
+    let Some(reference) = &args.reference else {
+        return prepare_all(client, &args).await;
+    };
+    let image = prepare_image(client, reference, args.force, args.quiet).await?;
     show(args.output, &image, |image| image.reference.clone())
+}
+
+/// One after the other, since each keeps all processors busy; goes on after errors.
+async fn prepare_all(client: &Client, args: &PrepareArgs) -> Result<u8, Failure> {
+    let mut seen = HashSet::new();
+    let (mut done, mut status) = (Vec::new(), 0);
+    for image in client.images().await? {
+        // Several names of one image have one base.
+        if !seen.insert(image.digest) || (is_ready(&image) && !args.force) {
+            continue;
+        }
+        match prepare_image(client, &image.reference, args.force, args.quiet).await {
+            Ok(image) => done.push(image),
+            Err(failure) => {
+                report_and_go_on(failure);
+                status = ERROR;
+            }
+        }
+    }
+    show(args.output, &done, |images| {
+        images
+            .iter()
+            .map(|image| format!("{}\n", image.reference))
+            .collect()
+    })?;
+    Ok(status)
+}
+
+fn is_ready(image: &ImageSummary) -> bool {
+    image.prepared && image.seeds != Some(SeedState::Missing)
+}
+
+/// What is told when a VM is made from an image whose base an earlier version made.
+pub(crate) fn tell_of_missing_seeds(image: &ImageSummary, quiet: bool) {
+    if !quiet && image.seeds == Some(SeedState::Missing) {
+        note(&format!(
+            "warning: an earlier version prepared `{0}`: its VMs start slower, because disks are built instead of cloned\n\
+             hint: make it ready for this version with `offshoot image prepare {0}`, or all images with `--all`",
+            image.reference
+        ));
+    }
 }
 
 pub(crate) async fn ls(client: &Client, args: &LsArgs) -> Result<u8, Failure> {
@@ -338,6 +409,7 @@ fn ls_table(images: &[ImageSummary], now_ms: u64, whole: bool) -> String {
             ByteSize::from_bytes(image.size).to_string(),
             match (&image.problem, image.prepared) {
                 (Some(_), _) => "(damaged)",
+                (None, true) if !is_ready(image) => "(old)",
                 (None, true) => "yes",
                 (None, false) => "no",
             }
@@ -383,19 +455,23 @@ mod tests {
             created_ms: 0,
             size,
             prepared,
+            seeds: prepared.then_some(SeedState::Current),
             problem: None,
         };
         let mut images = [
             image("debian:bookworm", 48 << 20, true),
             image("localhost:5000/app:v1", 1500, false),
             image("old:1", 0, true),
+            image("before:1", 2048, true),
         ];
+        images[3].seeds = Some(SeedState::Missing);
         images[2].problem = Some("blob x is damaged on disk".into());
         insta::assert_snapshot!(ls_table(&images, 90_000_000, false), @r#"
         REFERENCE               DIGEST         CREATED        SIZE     PREPARED
         debian:bookworm         0af10af10af1   25 hours ago   48MiB    yes
         localhost:5000/app:v1   0af10af10af1   25 hours ago   1.5KiB   no
         old:1                   0af10af10af1   25 hours ago   0B       (damaged)
+        before:1                0af10af10af1   25 hours ago   2KiB     (old)
         "#);
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Subcommand};
 use offshoot_api::client::Client;
-use offshoot_api::kernel::{DistroRequest, KernelSummary};
+use offshoot_api::kernel::{BuildQuery, DistroRequest, KernelSummary};
 use offshoot_model::ByteSize;
 
 use crate::age;
@@ -22,6 +22,8 @@ use crate::progress::Bars;
 pub(crate) enum KernelCommand {
     /// Make a kernel bundle
     Add(AddArgs),
+    /// Compile a kernel for guests, with all drivers built in
+    Build(BuildArgs),
     /// List kernel bundles
     #[command(visible_alias = "list")]
     Ls(LsArgs),
@@ -55,6 +57,24 @@ pub(crate) struct AddArgs {
 }
 
 #[derive(Clone, Debug, Args)]
+pub(crate) struct BuildArgs {
+    /// Compilers at once [default: as many as there are processors]
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    jobs: Option<u32>,
+    /// Options to add or to change: lines like CONFIG_KVM=y
+    #[arg(long, value_name = "FILE")]
+    config_fragment: Option<PathBuf>,
+    /// Tarball of Linux [default: the distribution's package linux-source-6.12, which is not installed]
+    #[arg(long, value_name = "FILE")]
+    source: Option<PathBuf>,
+    /// Show no progress
+    #[arg(short, long)]
+    quiet: bool,
+    #[command(flatten)]
+    output: OutputArgs,
+}
+
+#[derive(Clone, Debug, Args)]
 pub(crate) struct LsArgs {
     /// Only ids
     #[arg(short, long)]
@@ -80,6 +100,7 @@ pub(crate) struct DefaultArgs {
 pub(crate) async fn kernel(client: &Client, command: KernelCommand) -> Result<u8, Failure> {
     match command {
         KernelCommand::Add(args) => add(client, args).await,
+        KernelCommand::Build(args) => build(client, args).await,
         KernelCommand::Ls(args) => ls(client, &args).await,
         KernelCommand::Rm(args) => rm(client, &args).await,
         KernelCommand::Default(args) => {
@@ -120,6 +141,41 @@ async fn add(client: &Client, args: AddArgs) -> Result<u8, Failure> {
     let kernel: KernelSummary = work.finish(|event| bars.show(event)).await?;
     drop(bars);
     show(args.output, &kernel, |kernel| kernel.id.to_string())
+}
+
+async fn build(client: &Client, args: BuildArgs) -> Result<u8, Failure> {
+    let mut bars = Bars::new(args.quiet);
+    let files: Vec<_> = [("fragment", args.config_fragment), ("source", args.source)]
+        .into_iter()
+        .filter_map(|(name, path)| path.map(|path| (name, path)))
+        .collect();
+    for (name, path) in &files {
+        check_file(name, path)?;
+    }
+    let tar = tar_upload(move |tar| {
+        for (name, path) in files {
+            append_tree(tar, &fs::canonicalize(path)?, Path::new(name), Owner::Root)?;
+        }
+        Ok(())
+    });
+    let work = client.build_kernel(&BuildQuery { jobs: args.jobs }, tar).await?;
+    let kernel: KernelSummary = work.finish(|event| bars.show(event)).await?;
+    drop(bars);
+    show(args.output, &kernel, |kernel| kernel.id.to_string())
+}
+
+fn check_file(what: &str, path: &Path) -> Result<(), Failure> {
+    let metadata = File::open(path).and_then(|file| file.metadata()).map_err(|e| {
+        Failure::io(format!("cannot read the {what} `{}`", path.display()), &e)
+            .hint("name a file that exists; see `offshoot kernel build --help`")
+    })?;
+    if metadata.is_file() {
+        return Ok(());
+    }
+    Err(
+        Failure::invalid(format!("the {what} `{}` is not a file", path.display()))
+            .hint("give a file; see `offshoot kernel build --help`"),
+    )
 }
 
 fn check_readable(vmlinux: &Path, modules: Option<&Path>) -> Result<(), Failure> {

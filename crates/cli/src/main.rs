@@ -1,12 +1,13 @@
 //! `offshoot`: the command line. It turns words into requests and answers into text; the daemon does the rest.
 //!
 //! ```text
-//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ net │ prune │ events │ system ─► api::client ─► offshootd
+//! args ─► run │ exec │ vm │ logs │ cp │ image │ kernel │ net │ prune │ events │ bench │ system ─► api::client ─► offshootd
 //!          └─ session (relay) ─ terminal, detach, signals        ssh ─► the user's ssh(1) ─► ssh-proxy ─┘
 //! ```
 
 mod age;
 mod args;
+mod bench;
 mod cp;
 mod credentials;
 mod decisions;
@@ -33,6 +34,7 @@ mod signals;
 mod ssh;
 mod stats;
 mod system;
+mod template;
 mod terminal;
 mod timings;
 mod usage;

@@ -55,6 +55,12 @@ pub(crate) fn note(text: &str) {
     let _ = writeln!(io::stderr(), "{}", clean(text));
 }
 
+/// Writes lines beside the result, on standard error.
+pub(crate) fn aside(text: &str) {
+    // Nothing is left to do when standard error is closed.
+    let _ = io::stderr().write_all(text.as_bytes());
+}
+
 /// A table without borders: columns three spaces apart, nothing at the ends of lines.
 pub(crate) fn table(header: &[&str], rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();

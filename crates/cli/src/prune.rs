@@ -129,6 +129,7 @@ fn word(kind: PruneKind) -> &'static str {
         PruneKind::Base => "base",
         PruneKind::Tree => "tree",
         PruneKind::Kernel => "kernel",
+        PruneKind::Template => "template",
     }
 }
 

@@ -5,20 +5,23 @@
 //!      Ctrl-C: give up, remove      Ctrl-C: to the process
 //! ```
 
+use std::cell::OnceCell;
 use std::time::{Duration, Instant};
 
 use clap::Args;
 use offshoot_api::client::Client;
+use offshoot_api::operation::OperationsQuery;
 use offshoot_api::vm::{AttachQuery, RemoveQuery, VmSummary};
-use offshoot_model::VmConfig;
+use offshoot_model::{VmConfig, VmName};
 
 use crate::decisions;
 use crate::error::{Failure, report_and_go_on};
-use crate::image::{prepare_image, pull_image};
-use crate::output::{line, note};
-use crate::session::{End, Relay, exit_code, relay};
+use crate::image::{prepare_image, pull_image, tell_of_missing_seeds};
+use crate::output::{Output, aside, line, note};
+use crate::session::{End, Relay, exit_code, relay, relay_timed};
 use crate::signals::Signals;
 use crate::terminal::check_tty;
+use crate::timings::Stopwatch;
 use crate::values::vm_ref;
 use crate::vm_config::{Pull, VmArgs};
 
@@ -30,6 +33,10 @@ pub(crate) struct RunArgs {
     /// Run in the background and print the VM's id
     #[arg(short, long)]
     detach: bool,
+    /// Draw on standard error where the time went, in this program and in the daemon; `json` writes the numbers
+    #[arg(long, value_enum, value_name = "FORMAT", num_args = 0..=1, require_equals = true,
+        default_missing_value = "table")]
+    timings: Option<Output>,
     #[command(flatten)]
     making: Making,
     #[command(flatten)]
@@ -88,8 +95,9 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
         check_tty(config.stdin, config.tty)?;
     }
     let mut signals = Signals::catch()?;
+    let mut watch = Stopwatch::start();
     let vm = tokio::select! {
-        vm = make(client, &config, pull, args.making.quiet) => vm?,
+        vm = make(&mut watch, client, &config, pull, args.making.quiet) => vm?,
         () = signals.cancelled() => return Err(Failure::cancelled()),
     };
     let id = vm.id.as_str();
@@ -97,36 +105,74 @@ pub(crate) async fn run(client: &Client, args: RunArgs) -> Result<u8, Failure> {
         decisions::tell(client, id).await;
     }
     if args.detach {
-        begin(client, id, &mut signals, &config).await?;
+        let begun = begin(client, id, &mut signals, &config);
+        watch.stage("start", begun).await?;
         line(id)?;
+        tell_timings(client, &vm, watch, None, args.timings).await;
         return Ok(0);
     }
     let query = AttachQuery {
         stdin: config.stdin,
         logs: false,
     };
-    let session = match client.attach(id, &query).await {
+    let session = match watch.stage("attach", client.attach(id, &query)).await {
         Ok(session) => session,
         Err(e) => {
             forget_if_asked(client, id, &config).await;
             return Err(e.into());
         }
     };
-    begin(client, id, &mut signals, &config).await?;
+    watch
+        .stage("start", begin(client, id, &mut signals, &config))
+        .await?;
     let main = Relay {
         stdin: config.stdin,
         tty: config.tty,
         signals: &mut signals,
         main_of: Some((client, id)),
     };
-    let end = relay(session, main).await?;
+    let first_output = OnceCell::new();
+    let relayed = relay_timed(session, main, &first_output);
+    let end = watch.stage("main", relayed).await?;
     if config.auto_remove && matches!(end, End::Status(_)) {
-        tokio::select! {
-            () = until_gone(client, id) => (),
-            () = signals.cancelled() => (),
-        }
+        let gone = async {
+            tokio::select! {
+                () = until_gone(client, id) => (),
+                () = signals.cancelled() => (),
+            }
+        };
+        watch.stage("removal", gone).await;
     }
+    tell_timings(client, &vm, watch, first_output.into_inner(), args.timings).await;
     exit_code(end)
+}
+
+/// Shows where the time went, when somebody asked. That it cannot be told is no reason to fail.
+async fn tell_timings(
+    client: &Client,
+    vm: &VmSummary,
+    watch: Stopwatch,
+    first_output: Option<Instant>,
+    format: Option<Output>,
+) {
+    let Some(format) = format else { return };
+    let query = OperationsQuery {
+        vm: Some(VmName::from(&vm.id)),
+        ..OperationsQuery::default()
+    };
+    // Taken before the daemon is asked: that is no part of it.
+    let mut timings = watch.stop(first_output, Vec::new());
+    match client.operations(&query).await {
+        Ok(operations) => timings.operations = operations,
+        Err(e) => return report_and_go_on(e.into()),
+    }
+    match format {
+        Output::Table => aside(&timings.draw()),
+        Output::Json => match serde_json::to_string_pretty(&timings) {
+            Ok(text) => aside(&(text + "\n")),
+            Err(e) => report_and_go_on(Failure::internal("cannot write the timings as JSON").caused_by(&e)),
+        },
+    }
 }
 
 pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Failure> {
@@ -134,7 +180,8 @@ pub(crate) async fn create(client: &Client, args: CreateArgs) -> Result<u8, Fail
     let keys = args.vm.ssh_keys.lines()?;
     let mut config = args.vm.config()?;
     config.ssh.keys = keys;
-    let vm = make(client, &config, pull, args.making.quiet).await?;
+    let mut watch = Stopwatch::start();
+    let vm = make(&mut watch, client, &config, pull, args.making.quiet).await?;
     if args.making.verbose {
         decisions::tell(client, vm.id.as_str()).await;
     }
@@ -201,13 +248,28 @@ pub(crate) async fn attach(client: &Client, args: &AttachArgs) -> Result<u8, Fai
 }
 
 /// Creates a VM, and before that pulls and prepares its image when it must: a create would do the latter without a word.
-async fn make(client: &Client, config: &VmConfig, pull: Pull, quiet: bool) -> Result<VmSummary, Failure> {
+async fn make(
+    watch: &mut Stopwatch,
+    client: &Client,
+    config: &VmConfig,
+    pull: Pull,
+    quiet: bool,
+) -> Result<VmSummary, Failure> {
+    watch
+        .stage("image", find_or_fetch(client, config, pull, quiet))
+        .await?;
+    Ok(watch.stage("create", client.create_vm(config)).await?)
+}
+
+async fn find_or_fetch(client: &Client, config: &VmConfig, pull: Pull, quiet: bool) -> Result<(), Failure> {
     let image = &config.image;
     if pull == Pull::Always {
         pull_image(client, image, None, true, quiet).await?;
     } else {
         match client.find_image(image).await? {
-            Some(found) if found.prepared => {}
+            Some(found) if found.prepared => {
+                tell_of_missing_seeds(&found, quiet);
+            }
             Some(_) => drop(prepare_image(client, image, false, quiet).await?),
             None if pull == Pull::Missing => {
                 if !quiet {
@@ -223,7 +285,7 @@ async fn make(client: &Client, config: &VmConfig, pull: Pull, quiet: bool) -> Re
             None => {}
         }
     }
-    Ok(client.create_vm(config).await?)
+    Ok(())
 }
 
 /// Starts a VM that this program made. Ctrl-C gives it up; a failure leaves it as `create` did, or gone with `--rm`.

@@ -7,7 +7,9 @@
 //!
 //! The two directions are two futures: a process that does not read must not keep us from reading what it writes.
 
+use std::cell::OnceCell;
 use std::io::Write;
+use std::time::Instant;
 
 use futures::future;
 use offshoot_api::channel::Status;
@@ -46,21 +48,34 @@ pub(crate) enum End {
 
 /// Relays until the process ends or the user leaves. The terminal is as before when this returns.
 pub(crate) async fn relay(session: Session, relay: Relay<'_>) -> Result<End, Failure> {
+    relay_timed(session, relay, &OnceCell::new()).await
+}
+
+/// The same, noting when the first output came.
+pub(crate) async fn relay_timed(
+    session: Session,
+    relay: Relay<'_>,
+    first_output: &OnceCell<Instant>,
+) -> Result<End, Failure> {
     let raw = (relay.tty && relay.stdin).then(RawTerminal::enter).transpose()?;
     let (sink, stream) = session.split();
     let end = tokio::select! {
-        end = bring_output(stream) => end,
+        end = bring_output(stream, first_output) => end,
         end = take_input(sink, relay) => Ok(end),
     };
     drop(raw);
     end
 }
 
-async fn bring_output(mut stream: SessionStream) -> Result<End, Failure> {
+async fn bring_output(mut stream: SessionStream, first_output: &OnceCell<Instant>) -> Result<End, Failure> {
     let mut stdout = tokio::io::stdout();
     let mut stderr = tokio::io::stderr();
     loop {
-        match stream.next().await? {
+        let message = stream.next().await?;
+        if let Some(DaemonMessage::Stdout(_) | DaemonMessage::Stderr(_)) = message {
+            first_output.get_or_init(Instant::now);
+        }
+        match message {
             Some(DaemonMessage::Stdout(data)) => {
                 stdout.write_all(&data).await.map_err(|e| Failure::write(&e))?;
                 stdout.flush().await.map_err(|e| Failure::write(&e))?;

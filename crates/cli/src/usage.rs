@@ -2,7 +2,7 @@
 
 use clap::Args;
 use offshoot_api::client::Client;
-use offshoot_api::usage::{DiskUsage, MemoryUsage};
+use offshoot_api::usage::{DiskUsage, MemoryUsage, SlotUsage};
 use offshoot_model::ByteSize;
 
 use crate::error::Failure;
@@ -101,6 +101,14 @@ fn summary(usage: &DiskUsage) -> String {
     );
     text.push_str(&format!("\nDisk:    {} in all\n", size(totals.disk)));
     text.push_str(&format!("Memory:  {}\n", memory(usage)));
+    if usage.slots.count > 0 {
+        let SlotUsage { count, bytes, memory } = usage.slots;
+        text.push_str(&format!(
+            "Slots:   {count} warm, {} of memory, {} on disk\n",
+            size(memory.pss),
+            size(bytes)
+        ));
+    }
     text.push_str(&format!(
         "Prune:   `offshoot prune` frees {}, `offshoot prune --all` {}\n",
         size(totals.reclaimable),
@@ -315,6 +323,7 @@ mod tests {
                 reclaimable: 0,
             }],
             templates: Vec::new(),
+            slots: SlotUsage::default(),
             vms: vec![
                 vm(0xab, "web", VmState::Running, Some(memory)),
                 vm(0x12, "clever-otter", VmState::Stopped, None),

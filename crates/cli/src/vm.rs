@@ -3,7 +3,9 @@
 use clap::Args;
 use futures::{StreamExt, stream};
 use offshoot_api::client::Client;
+use offshoot_api::operation::OperationsQuery;
 use offshoot_api::vm::{KillQuery, ListQuery, RemoveQuery, ResetQuery, Sessions, StopQuery, VmSummary};
+use offshoot_model::VmName;
 
 use crate::age;
 use crate::each::each;
@@ -34,7 +36,7 @@ pub(crate) struct PsArgs {
 
 #[derive(Clone, Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// Draw how long each stage of its operations took
+    /// Draw how long each stage of its last operations took
     #[arg(long)]
     timings: bool,
     /// How to show the timings; everything else is always JSON
@@ -156,10 +158,18 @@ fn sessions(open: Sessions) -> String {
 
 pub(crate) async fn inspect(client: &Client, args: &InspectArgs) -> Result<u8, Failure> {
     let details = client.vm(&args.vm).await?;
-    match (args.timings, args.output) {
-        (true, Output::Table) => line(&timings::draw(&details.timings))?,
-        (true, Output::Json) => json(&details.timings)?,
-        (false, _) => json(&details)?,
+    if !args.timings {
+        json(&details)?;
+        return Ok(0);
+    }
+    let query = OperationsQuery {
+        vm: Some(VmName::from(&details.summary.id)),
+        ..OperationsQuery::default()
+    };
+    let operations = client.operations(&query).await?;
+    match args.output {
+        Output::Table => line(&timings::draw(&operations))?,
+        Output::Json => json(&operations)?,
     }
     Ok(0)
 }

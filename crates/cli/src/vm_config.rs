@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
-use offshoot_model::{Boot, ByteSize, Mount, RestartPolicy, RootRequest, VmConfig, VmmRequest};
+use offshoot_model::{Boot, ByteSize, KernelId, Mount, RestartPolicy, RootRequest, VmConfig, VmmRequest};
 
 use crate::error::Failure;
 use crate::network_args::NetworkArgs;
@@ -83,6 +83,9 @@ pub(crate) struct VmArgs {
     #[arg(long, default_value = "auto",
         value_parser = api_words::<VmmRequest>(&["auto", "qemu", "cloud-hypervisor", "firecracker"]))]
     vmm: VmmRequest,
+    /// Which kernel it boots [default: the one that `kernel ls` marks]
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<KernelId>,
     /// Whether to boot it or restore a template
     #[arg(long, default_value = "auto", value_parser = api_words::<Boot>(&["auto", "cold", "template"]))]
     boot: Boot,
@@ -125,6 +128,7 @@ impl VmArgs {
         config.work = self.work.unwrap_or(config.work);
         config.root = self.root;
         config.vmm = self.vmm;
+        config.kernel = self.kernel;
         config.boot = self.boot;
         config.mounts = self.volumes;
         config.network = self.network.config();
@@ -215,6 +219,8 @@ mod tests {
             "block",
             "--vmm",
             "cloud-hypervisor",
+            "--kernel",
+            "0123456789abcdef",
             "--boot",
             "cold",
             "img",
@@ -251,6 +257,7 @@ mod tests {
         expected.restart = RestartPolicy::UnlessStopped;
         (expected.root, expected.vmm, expected.boot) =
             (RootRequest::Block, VmmRequest::CloudHypervisor, Boot::Cold);
+        expected.kernel = Some("0123456789abcdef".parse().unwrap());
         assert_eq!(config, expected);
     }
 
@@ -271,6 +278,7 @@ mod tests {
             (&["--allow", "everything", "img"], InvalidValue),
             (&["--ip", "::1", "img"], ValueValidation),
             (&["--pull", "sometimes", "img"], InvalidValue),
+            (&["--kernel", "6.12", "img"], ValueValidation),
         ] {
             assert_eq!(config(words).unwrap_err(), kind, "{words:?}");
         }

@@ -580,7 +580,7 @@ fn stats_are_shown_as_long_as_the_vm_runs() {
         json!({"id": "abababababab", "name": "web", "state": "running", "read_at_us": n * 1_000_000,
             "started_ms": 5, "cpu": {"used_us": n * 500_000, "vcpus": 1},
             "memory": {"guest": 268_435_456, "processes": {"unique": 1_048_576}},
-            "disk": {}, "pids": {"current": 6}})
+            "disk": {}, "network": {"received_bytes": 8192, "sent_bytes": 1024}, "pids": {"current": 6}})
     };
     let asked = Arc::new(Mutex::new(0));
     let count = Arc::clone(&asked);
@@ -602,8 +602,8 @@ fn stats_are_shown_as_long_as_the_vm_runs() {
     let output = fake.run(&["stats", "--no-stream", "web"]);
     assert!(output.status.success(), "{}", text(&output.stderr));
     insta::assert_snapshot!(text(&output.stdout), @r"
-    NAME   ID             CPU     MEMORY / GUEST   SHARED   DISK   READ / WRITTEN   PIDS
-    web    abababababab   50.0%   1MiB / 256MiB    0B       0B     0B / 0B          6
+    NAME   ID             CPU     MEMORY / GUEST   SHARED   DISK   READ / WRITTEN   RECEIVED / SENT   PIDS
+    web    abababababab   50.0%   1MiB / 256MiB    0B       0B     0B / 0B          8KiB / 1KiB       6
     ");
     let lines = fake.run(&["stats", "--output", "json", "web"]);
     assert!(lines.status.success(), "{}", text(&lines.stderr));

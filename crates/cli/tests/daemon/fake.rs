@@ -191,7 +191,7 @@ pub(crate) fn vm(state: &str) -> Value {
 
 pub(crate) fn image(reference: &str) -> Value {
     json!({"reference": reference, "digest": format!("sha256:{}", "0a".repeat(32)), "created_ms": 0, "size": 1,
-        "prepared": true, "problem": null})
+        "prepared": true, "problem": null, "seeds": null})
 }
 
 /// Accepts a WebSocket and lets `talk` have it.
