@@ -79,7 +79,7 @@ pub(crate) fn of_a_daemon_with_many_vms(daemon: &mut Daemon, bin: &Path) -> Resu
 
 /// Settings that put a script in QEMU's place: it runs the fake for VMs of the fakes' memory, and QEMU for all others.
 /// Fakes touch none of it, so any number of them may be promised theirs.
-fn settings(daemon: &Daemon, bin: &Path) -> Result<String> {
+pub(crate) fn settings(daemon: &Daemon, bin: &Path) -> Result<String> {
     let fake = bin.join("offshoot-fake-vmm").canonicalize();
     let fake = fake.context("no offshoot-fake-vmm; `make bench` builds it")?;
     let script: PathBuf = daemon.scratch().join("fake-or-qemu");
@@ -97,17 +97,17 @@ fn settings(daemon: &Daemon, bin: &Path) -> Result<String> {
     ))
 }
 
-fn create(api: &Api) -> Result<String> {
+pub(crate) fn create(api: &Api) -> Result<String> {
     let body = json!({"image": IMAGE, "cmd": ["sleep", "infinity"], "memory": FAKE_MEMORY_MIB << 20});
     let vm = api.json("POST", "/v1/vms", Some(&body))?;
     Ok(vm["id"].as_str().context("no id")?.to_owned())
 }
 
-fn start(api: &Api, id: &str) -> Result<Vec<u8>> {
+pub(crate) fn start(api: &Api, id: &str) -> Result<Vec<u8>> {
     api.call("POST", &format!("/v1/vms/{id}/start"), None)
 }
 
-fn remove(api: &Api, id: &str) -> Result<Vec<u8>> {
+pub(crate) fn remove(api: &Api, id: &str) -> Result<Vec<u8>> {
     api.call("DELETE", &format!("/v1/vms/{id}?force=true"), None)
 }
 

@@ -27,7 +27,9 @@ const DISKS: [(&str, &str); 2] = [
 impl Bare {
     /// Takes the command line of a VM that runs, points it at copies of its own, and swaps the init.
     pub(crate) fn like_a_vm_of(daemon: &Daemon, init: &Path) -> Result<Self> {
-        daemon.ok(&["run", "-d", "--name", "model", IMAGE, "sleep", "1000"])?;
+        daemon.ok(&[
+            "run", "-d", "--name", "model", "--boot", "cold", IMAGE, "sleep", "1000",
+        ])?;
         let details = daemon.inspect("model")?;
         let pid = details["pid"].as_i64().context("no pid")?;
         let bytes = std::fs::read(format!("/proc/{pid}/cmdline"))?;

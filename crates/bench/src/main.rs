@@ -11,11 +11,16 @@ mod daemon;
 mod dns;
 mod http;
 mod import;
+mod kernel;
 mod samples;
+mod seeds;
 mod shared;
 mod ssh;
+mod taps;
+mod template;
 mod throughput;
 mod usage;
+mod warm;
 
 use std::path::{Path, PathBuf};
 
@@ -30,7 +35,20 @@ const RUNS: usize = 15;
 const IMPORTS: usize = 5;
 
 /// Every comparison by its name.
-const NAMES: [&str; 7] = ["cold-run", "import", "shared", "api", "dns", "ssh", "throughput"];
+const NAMES: [&str; 12] = [
+    "cold-run",
+    "import",
+    "seeds",
+    "shared",
+    "template",
+    "api",
+    "dns",
+    "ssh",
+    "throughput",
+    "kernel",
+    "taps",
+    "warm",
+];
 
 fn main() -> Result<()> {
     let usage = || {
@@ -55,9 +73,14 @@ fn main() -> Result<()> {
         match name.as_str() {
             "cold-run" => cold_run(&daemon, &init)?,
             "import" => import::against_the_usual_tools(&daemon, IMPORTS)?,
+            "seeds" => seeds::of_work_disks(&daemon)?,
             "shared" => shared::many_vms_of_one_image(&daemon)?,
+            "template" => template::against_a_boot(&daemon)?,
             "dns" => dns::of_vms(&daemon)?,
             "ssh" => ssh::beside_a_stock_sshd(&daemon)?,
+            "kernel" => kernel::compiled_beside_the_distribution_s(&daemon, RUNS)?,
+            "taps" => taps::with_a_pool_and_without(&mut daemon, &bin)?,
+            "warm" => warm::slots_and_many_at_once(&daemon)?,
             "throughput" => throughput::of_a_network(&daemon)?,
             "api" => api::of_a_daemon_with_many_vms(&mut daemon, &bin)?,
             _ => bail!("{}", usage()),

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use offshoot_model::percentile;
+
 /// What is measured.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Unit {
@@ -65,8 +67,7 @@ impl Samples {
 
     /// The smallest value that `percent` of all do not exceed (nearest rank); 0 where there is none.
     pub(crate) fn percentile(&self, percent: usize) -> f64 {
-        let rank = (self.values.len() * percent).div_ceil(100).max(1);
-        self.values.get(rank - 1).copied().unwrap_or_default()
+        percentile(&self.values, percent).unwrap_or_default()
     }
 
     pub(crate) fn print(&self, name: &str) {

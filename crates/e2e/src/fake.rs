@@ -37,6 +37,11 @@ impl Daemon {
         Self::start_with(&instead_of_qemu(&program(), settings))
     }
 
+    /// The settings of [`start_fake`](Self::start_fake), with these.
+    pub fn fake_settings(settings: &str) -> String {
+        instead_of_qemu(&program(), settings)
+    }
+
     /// The same, on a file system that has so many MiB left beside the image.
     pub fn start_fake_on_small_disk(mib: u64) -> Self {
         Self::start_on_small_disk_with(mib, &instead_of_qemu(&program(), ""))

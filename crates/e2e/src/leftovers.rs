@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::inventory::{Database, Inventory, Kind, Marks, Scope, everything_below};
-use crate::{Daemon, comes_true, descriptors, names, tell};
+use crate::{Daemon, comes_true, descriptors, names, tell, wait_until};
 
 /// Says in a test's folder whose it is, so that `scripts/verify` does not take what is in use for left over: the id and
 /// the start time of the test's process.
@@ -27,8 +27,25 @@ impl Daemon {
         Marks::new(self.root(), &self.database().vm_ids())
     }
 
-    /// Everything there is of the running daemon: on the machine, in its folders, in its database, in its process.
+    /// What the daemon says of its idle TAPs: how many there are, and how many there shall be.
+    pub fn idle_taps(&self) -> (u64, u64) {
+        let info = self.get_json("/v1/system/info");
+        let number = |key: &str| info["tap_pool"][key].as_u64().expect("a number");
+        (number("ready"), number("wanted"))
+    }
+
+    /// Waits until the daemon has everything ready again that it keeps for VMs to come.
+    pub fn at_rest(&self) {
+        wait_until("the daemon to be at rest", || {
+            let (ready, wanted) = self.idle_taps();
+            ready == wanted
+        });
+    }
+
+    /// Everything there is of the running daemon: on the machine, in its folders, in its database, in its process. What it
+    /// keeps ready counts in full.
     pub fn inventory(&self) -> Inventory {
+        self.at_rest();
         let marks = self.marks();
         let mut inventory = Inventory::of_the_machine(Scope {
             marks: &marks,
@@ -61,7 +78,30 @@ impl Daemon {
         tell(&format!("as it was, after {after_what}"));
     }
 
-    /// Removes every VM, stops the daemon and fails if anything is left of it.
+    /// Fails unless the kernel has as many idle TAPs of this daemon as it shall, each on its bridge and switched off.
+    fn check_idle_taps(&self) {
+        let (_, wanted) = self.idle_taps();
+        let networks = self.get_json("/v1/networks");
+        let bridges = networks.as_array().expect("a list").iter();
+        // Those of other daemons in the same namespace have other bridges.
+        let own: Vec<_> = bridges
+            .filter_map(|network| network["bridge"].as_str()?.strip_prefix("ofs-"))
+            .map(|digits| format!("osp-{digits} tun"))
+            .collect();
+        let links = Inventory::links(self.namespace.file());
+        let idle: Vec<_> = links.iter().filter(|link| own.contains(link)).collect();
+        assert_eq!(idle.len() as u64, wanted, "idle TAPs: {idle:?}");
+    }
+
+    /// Gives back what the daemon keeps ready, and ends it.
+    pub fn drain(&mut self) {
+        self.ok(["system", "shutdown", "--drain"]);
+        let exit = self.child.wait().expect("wait");
+        assert!(exit.success(), "the daemon ended with {exit}");
+    }
+
+    /// Removes every VM, checks what the daemon keeps ready, lets it give that back and end, and fails if anything is left
+    /// of it.
     pub fn finish(mut self) {
         self.remove_all();
         assert_eq!(self.ok(["ps", "-aq"]), "", "VMs are left");
@@ -75,8 +115,10 @@ impl Daemon {
         assert_eq!(database.integrity(), "ok");
         drop(database);
 
+        self.at_rest();
+        self.check_idle_taps();
         let marks = self.marks();
-        self.terminate();
+        self.drain();
         self.small_disk = None;
         let scope = Scope {
             marks: &marks,

@@ -27,6 +27,7 @@ mod inventory;
 mod layout;
 mod leftovers;
 mod namespace;
+mod probe;
 mod processes;
 mod random;
 mod refusal;
@@ -54,6 +55,7 @@ pub use http::{Answer, answer_of, encoded, read_answer};
 pub use inventory::{Database, Inventory, Kind, Marks, descriptors};
 pub use layout::{Layout, ODD_FILES, odd_layer, tar_of};
 pub use namespace::Namespace;
+pub use probe::{DIFFERS, MAY_BE_MISSING, MAY_DIFFER, Probe};
 pub use processes::{Process, signal};
 pub use random::Random;
 pub use refusal::{refused, refused_by_the_api, stored};
@@ -62,6 +64,9 @@ pub use ssh::{SshClient, succeeds};
 
 /// The image that every test finds in its store.
 pub const IMAGE: &str = "debian:bookworm";
+
+/// A disk for the image, a kernel and some VMs; its file takes what is in it.
+const XFS_MIB: u64 = 4 << 10;
 
 /// How long anything may take before the test fails: an emulated guest on a busy machine is slow.
 pub const PATIENCE: Duration = Duration::from_secs(120);
@@ -157,6 +162,15 @@ impl Daemon {
     /// As [`start`](Self::start), but its data directory is a file system that has so many MiB left beside the image.
     pub fn start_on_small_disk_with_image(mib: u64) -> Self {
         Self::start_on_small_disk_with(mib, "")
+    }
+
+    /// As [`start`](Self::start), but its data directory is an XFS of its own, whose files can share blocks.
+    pub fn start_on_xfs() -> Self {
+        let root = Self::folder();
+        let data = root.path().join("data");
+        let disk = SmallDisk::mount_xfs(&data, XFS_MIB);
+        golden::copy_into(&data);
+        Self::launch_in(root, Launch::default(), Some(disk))
     }
 
     /// The same, with more lines in its config.
@@ -316,6 +330,11 @@ impl Daemon {
         self.log()[before..].to_owned()
     }
 
+    /// More lines of its config, instead of those that it had, from its next start on.
+    pub fn set_settings(&mut self, settings: &str) {
+        self.launch.settings = settings.to_owned();
+    }
+
     /// Starts it again on the same directories.
     pub fn start_again(&mut self) {
         self.start_again_with(&[]);
@@ -434,6 +453,12 @@ fn spawn(root: &Path, launch: &Launch, netns: &str) -> Child {
         format!("{settings}\n")
     } else {
         format!("agent = {:?}\n{settings}\n", agent().display().to_string())
+    };
+    // VMs that are made into templates would be in the way of what tests look at; those that are about them say so.
+    let lines = if lines.contains("background_templates") {
+        lines
+    } else {
+        format!("background_templates = false\n{lines}")
     };
     std::fs::write(&config, lines).expect("the config");
     let log = File::options()

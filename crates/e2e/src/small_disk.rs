@@ -25,6 +25,17 @@ impl SmallDisk {
         );
         Self(at.to_owned())
     }
+
+    /// Makes the folder and mounts an XFS of so many MiB there, which lies in a file beside it.
+    pub(crate) fn mount_xfs(at: &Path, mib: u64) -> Self {
+        let file = at.with_extension("xfs");
+        let made = File::create(&file).and_then(|file| file.set_len(mib << 20));
+        made.expect("a file for the disk");
+        run("mkfs.xfs", &["-q", "-m", "reflink=1"], &file);
+        std::fs::create_dir(at).expect("a folder");
+        run("mount", &["-o", "loop", &file.to_string_lossy()], at);
+        Self(at.to_owned())
+    }
 }
 
 impl Drop for SmallDisk {

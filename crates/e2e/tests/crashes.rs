@@ -45,7 +45,11 @@ fn stages(log: &str) -> Vec<(String, String)> {
     let mut seen = BTreeSet::new();
     let mut found = Vec::new();
     for line in log.lines() {
-        // `… stage op=1a2b3c4d operation="start" stage="root.prepare" outcome=Done us=12`
+        // `… stage op=1a2b3c4d operation="start" stage="root.prepare" outcome=Done start_us=3 us=12`
+        // What is a part of a stage has a `within`, and no point of its own.
+        if line.contains(" within=\"") {
+            continue;
+        }
         let field = |name: &str| {
             let start = line.find(&format!(" {name}=\""))? + name.len() + 3;
             let length = line[start..].find('"')?;

@@ -117,7 +117,7 @@ fn vms_reach_each_other_and_keep_their_addresses() {
     }
     vm_reaches(&daemon, "three", &two[1]);
     daemon.ok(["rm", "-f", "one", "two", "three"]);
-    assert_eq!(interfaces(&daemon, "o"), [""; 0], "the last VM is gone");
+    assert_eq!(interfaces(&daemon, "os-"), [""; 0], "the last VM is gone");
 
     // One that was given back rests while others are free.
     run(&daemon, "four");
@@ -140,7 +140,9 @@ fn two_daemons_share_a_namespace() {
         host_reaches(first.namespace(), address);
     }
     second.ok(["rm", "-f", "same"]);
-    assert_eq!(interfaces(&first, "ofs-").len(), 1);
+    second.at_rest();
+    assert_eq!(interfaces(&first, "osp-").len(), 8, "a pool for each");
+    assert_eq!(interfaces(&first, "os-").len(), 1);
     host_reaches(first.namespace(), &one[0]);
     assert_eq!(
         second
@@ -156,6 +158,8 @@ fn two_daemons_share_a_namespace() {
     host_reaches(first.namespace(), &addresses(&second, "again")[0]);
     first.ok(["rm", "-f", "same"]);
     second.ok(["rm", "-f", "again"]);
+    // What the first keeps ready would be seen in the namespace that they share.
+    first.ok(["net", "rm", "default"]);
     second.finish();
     first.finish();
 }

@@ -377,7 +377,9 @@ fn open_sessions_are_shown_and_the_end_of_one_reminds() {
             "{quiet}: {said}"
         );
     }
-    assert_eq!(sessions(&daemon, "web"), (0, 0));
+    wait_until("the last of them to be gone", || {
+        sessions(&daemon, "web") == (0, 0)
+    });
     assert!(daemon.ok(["ps"]).contains("SESSIONS"));
 
     let mut open = Vec::new();

@@ -1,6 +1,5 @@
-//! The differences that are meant: what a daemon keeps ready although no VM needs it now.
-//!
-//! The idle devices of a TAP pool belong here, and nothing else does.
+//! The differences that are meant: none. What a daemon keeps ready for VMs to come, such as the idle devices of a TAP pool, may
+//! change its number, but there must be as many as before.
 
 use super::{Item, Kind};
 

@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use rusqlite::types::ValueRef;
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, Row};
 
-/// Tables that outlive what they tell of: the history, and networks, which stay when their last VM is gone.
-const HISTORY: [&str; 2] = ["events", "networks"];
+/// Tables that outlive what they tell of: the history, where the time went, networks, which stay when their last VM is
+/// gone, and what bases were found when it was looked, which is at times of the daemon's own.
+const HISTORY: [&str; 5] = ["bases", "events", "networks", "operations", "stages"];
 
 /// A connection that changes nothing.
 pub struct Database(Connection);
@@ -50,6 +51,26 @@ impl Database {
         self.rows(&format!(
             "SELECT action, reason FROM events WHERE vm_id = '{vm_id}' ORDER BY seq"
         ))
+    }
+
+    /// Every stage that is kept: operation's id, kind, stage, start and time in microseconds.
+    pub fn stages(&self) -> Vec<(String, String, String, u64, u64)> {
+        let query = "SELECT operation, kind, stage, start_us, stages.duration_us FROM stages JOIN operations USING (seq)";
+        let read = || -> rusqlite::Result<Vec<_>> {
+            let mut statement = self.0.prepare(query)?;
+            let number = |row: &Row<'_>, at| row.get::<_, i64>(at).map(i64::unsigned_abs);
+            let rows = statement.query_map([], |row| {
+                Ok((
+                    row.get(0)?,
+                    row.get(1)?,
+                    row.get(2)?,
+                    number(row, 3)?,
+                    number(row, 4)?,
+                ))
+            })?;
+            rows.collect()
+        };
+        read().unwrap_or_else(|error| panic!("{query}: {error}"))
     }
 
     /// The state that a VM's row has; `None` without a row.
