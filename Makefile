@@ -5,7 +5,7 @@ PROFILE ?= release
 BIN     := target/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 AGENT   := target/$(TARGET)/agent/offshoot-agent
 
-.PHONY: help build agent demo check test e2e bench soak verify install-deps install install-files clean
+.PHONY: help build agent demo check test e2e bench bench-create soak verify install-deps install install-files clean
 
 help: ## Show this
 	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,8 +40,11 @@ e2e: ## Only the tests with real VMs (root; after make test)
 soak: ## The tests of crashes and races, again and again with other random points (root; after make test; ROUNDS=10)
 	scripts/test soak
 
-bench: install-deps build ## Print the benchmarks, all or ONLY=shared (root)
-	@BIN=$(BIN) ONLY="$(ONLY)" scripts/bench
+bench: install-deps build ## Print the benchmarks, all or ONLY=shared; ONLY=kernel KERNEL=ID (root)
+	@BIN=$(BIN) ONLY="$(ONLY)" KERNEL="$(KERNEL)" scripts/bench
+
+bench-create: install-deps build ## Measure from the request for a VM to its first answers (root; ARGS="--runs N --image I --boot … --ssh")
+	@BIN=$(BIN) scripts/bench-create $(ARGS)
 
 verify: install-deps ## Run whole lives of VMs, and fail on anything that is not as it was before (root)
 	$(MAKE) build PROFILE=dev
