@@ -23,6 +23,7 @@ mod http;
 mod machine;
 pub mod plan;
 pub mod policy;
+mod process;
 pub mod qemu;
 mod said;
 mod tended;

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use offshoot_sys::process::{DetachedCommand, Identity, InheritedFd, PidFd, ResourceLimit, spawn_detached};
+use offshoot_sys::process::{DetachedCommand, InheritedFd, PidFd, spawn_detached};
 use tokio::sync::OnceCell;
 
 use super::args::{API_FD, EVENTS_FD, FIRST_TAP_FD, agent_socket, command_line};
@@ -26,6 +26,7 @@ use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::http::Api;
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
 use crate::plan::{AgentChannel, LaunchPlan, NetBackend, PlanError};
+use crate::process;
 use crate::tended::{Launched, Tended, make_own_folder, own_folder, remove_files, take_back};
 use crate::words::Words;
 
@@ -91,23 +92,7 @@ impl CloudHypervisorDriver {
     }
 
     fn command(&self, plan: &LaunchPlan, args: Vec<std::ffi::OsString>) -> DetachedCommand {
-        let mut command = DetachedCommand::new(&self.config.program);
-        command.args = args;
-        command.env = self
-            .config
-            .env
-            .iter()
-            .map(|(name, value)| (name.into(), value.into()))
-            .collect();
-        command.identity = plan.identity.clone().map(|who| Identity {
-            uid: who.uid,
-            gid: who.gid,
-            groups: who.groups,
-        });
-        command.cgroups.clone_from(&plan.cgroups);
-        // A dump of it is a dump of the guest's memory.
-        command.limits = vec![ResourceLimit::Core(0)];
-        command
+        process::command(&self.config.program, args, &self.config.env, plan)
     }
 }
 

@@ -9,9 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use offshoot_sys::process::{
-    DetachedCommand, Exit, Identity, InheritedFd, PidFd, ResourceLimit, spawn_detached,
-};
+use offshoot_sys::process::{DetachedCommand, Exit, InheritedFd, PidFd, spawn_detached};
 use offshoot_sys::tap;
 use tokio::sync::OnceCell;
 
@@ -24,6 +22,7 @@ use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::http::Api;
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
 use crate::plan::{AgentChannel, LaunchPlan, NetBackend};
+use crate::process;
 use crate::tended::{Launched, Tended, make_own_folder, own_folder, remove_files, take_back};
 use crate::words::Words;
 
@@ -218,7 +217,6 @@ impl Driver for FirecrackerDriver {
 
 impl FirecrackerDriver {
     fn command(&self, plan: &LaunchPlan, own: &Path) -> DetachedCommand {
-        let mut command = DetachedCommand::new(&self.config.program);
         let id = format!("offshoot-{}", plan.vm);
         let log = format!("/proc/self/fd/{LOG_FD}");
         let words = [
@@ -231,22 +229,9 @@ impl FirecrackerDriver {
             "--log-path",
             &log,
         ];
-        command.args = words.map(Into::into).to_vec();
-        command.env = self
-            .config
-            .env
-            .iter()
-            .map(|(name, value)| (name.into(), value.into()))
-            .collect();
+        let args = words.map(Into::into).to_vec();
+        let mut command = process::command(&self.config.program, args, &self.config.env, plan);
         own.clone_into(&mut command.cwd);
-        command.identity = plan.identity.clone().map(|who| Identity {
-            uid: who.uid,
-            gid: who.gid,
-            groups: who.groups,
-        });
-        command.cgroups.clone_from(&plan.cgroups);
-        // A dump of it is a dump of the guest's memory.
-        command.limits = vec![ResourceLimit::Core(0)];
         command
     }
 }

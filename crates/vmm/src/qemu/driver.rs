@@ -12,9 +12,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
-use offshoot_sys::process::{
-    DetachedCommand, Identity, InheritedFd, PidFd, ResourceLimit, Signal, share_fd, spawn_detached,
-};
+use offshoot_sys::process::{DetachedCommand, InheritedFd, PidFd, Signal, share_fd, spawn_detached};
 use serde_json::json;
 use tokio::sync::OnceCell;
 
@@ -26,6 +24,7 @@ use super::shape::shape;
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
 use crate::plan::{LaunchPlan, NetBackend, Origin, PlanError};
+use crate::process;
 use crate::words::Words;
 
 /// The name of this driver in stored states.
@@ -247,26 +246,12 @@ fn prepare(
         process: None,
         kept: false,
     };
-    let mut command = DetachedCommand::new(&config.program);
-    command.args = args;
-    command.env = config
-        .env
-        .iter()
-        .map(|(name, value)| (name.into(), value.into()))
-        .collect();
+    let mut command = process::command(&config.program, args, &config.env, plan);
     let output = words.writer().map_err(|source| LaunchError::Prepare {
         path: plan.log.clone(),
         source,
     })?;
     command.output = Some(output);
-    command.identity = plan.identity.clone().map(|who| Identity {
-        uid: who.uid,
-        gid: who.gid,
-        groups: who.groups,
-    });
-    command.cgroups.clone_from(&plan.cgroups);
-    // A dump of QEMU is a dump of the guest's memory.
-    command.limits = vec![ResourceLimit::Core(0)];
     for (path, number) in [(&launched.control, QMP_FD), (&launched.agent, AGENT_FD)] {
         let fd = listen(path).map_err(|source| LaunchError::Prepare {
             path: path.clone(),
