@@ -306,7 +306,8 @@ async fn one_at_a_time_and_the_same_for_who_asks_meanwhile() {
     let said = said.lock().unwrap();
     let count = |what: &str| said.iter().filter(|line| line.contains(what)).count();
     assert_eq!(count("compiling Linux"), 1, "{said:?}");
-    assert_eq!(count("waiting for another kernel"), 2, "{said:?}");
+    // Both wait; the last one perhaps once more, for the one before it.
+    assert!((2..=3).contains(&count("waiting for another kernel")), "{said:?}");
     assert_eq!(fixture.left_in_tmp(), 0);
 }
 
