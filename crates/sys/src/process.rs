@@ -11,6 +11,7 @@
 //! Starting one is in `process/detached.rs`. For short commands whose output is wanted, use `tokio::process` instead.
 
 mod bound_folder;
+mod confinement;
 mod detached;
 
 use std::fs::File;
@@ -25,6 +26,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::sync::watch;
 
 pub use bound_folder::BoundFolder;
+pub use confinement::{Access, ConfinedNetwork, Confinement, ConfinementError, Visible};
 pub use detached::{
     DetachedCommand, Identity, InheritedFd, ResourceLimit, SpawnError, inherited_fd, share_fd, spawn_detached,
 };

@@ -62,6 +62,19 @@ fn set(file: &impl std::os::fd::AsRawFd, what: libc::Ioctl, value: u32) -> io::R
     Ok(())
 }
 
+/// What an open TAP is called.
+pub fn name(tap: &OwnedFd) -> io::Result<String> {
+    // SAFETY: `ifreq` is plain data for which all zeros is a value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    // SAFETY: TUNGETIFF fills one `struct ifreq`, which `request` is, and keeps no pointer to it.
+    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let name = request.ifr_name.map(i8::cast_unsigned);
+    let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
+    Ok(String::from_utf8_lossy(&name[..length]).into_owned())
+}
+
 /// A TAP that is somebody else's now.
 #[derive(Debug)]
 pub struct HandedOver {
@@ -74,15 +87,7 @@ pub struct HandedOver {
 /// Makes an open TAP one that `owner` can open by its name, without any privilege, in its namespace alone, once it is closed
 /// here. From here on it stays until it is removed, or [`end_with_process`].
 pub fn hand_over(tap: &OwnedFd, owner: Option<u32>) -> io::Result<HandedOver> {
-    // SAFETY: `ifreq` is plain data for which all zeros is a value.
-    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    // SAFETY: TUNGETIFF fills one `struct ifreq`, which `request` is, and keeps no pointer to it.
-    if unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNGETIFF, &raw mut request) } < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    let name = request.ifr_name.map(i8::cast_unsigned);
-    let length = name.iter().position(|byte| *byte == 0).unwrap_or(name.len());
-    let name = String::from_utf8_lossy(&name[..length]).into_owned();
+    let name = name(tap)?;
     // SAFETY: TUNGETDEVNETNS takes no argument and gives a new descriptor, which is ours.
     let namespace = unsafe {
         let fd = libc::ioctl(tap.as_raw_fd(), TUNGETDEVNETNS, 0);
@@ -119,7 +124,7 @@ pub fn end_with_process(process: &PidFd, pid: u32) -> io::Result<()> {
 /// `_IO('T', 227)` of linux/if_tun.h.
 const TUNGETDEVNETNS: libc::Ioctl = 0x54e3;
 
-fn request(name: &str, more: libc::c_int) -> io::Result<libc::ifreq> {
+pub(crate) fn request(name: &str, more: libc::c_int) -> io::Result<libc::ifreq> {
     let fits = !name.is_empty() && name.len() < libc::IFNAMSIZ && !name.contains(['/', '%', '\0']);
     if !fits {
         return Err(io::Error::new(

@@ -11,6 +11,7 @@
 //! Sources: open_tree(2), mount_setattr(2), move_mount(2), mount_namespaces(7). Linux 5.12.
 
 use std::ffi::CStr;
+use std::os::fd::RawFd;
 use std::path::{Component, PathBuf};
 
 /// A folder that a child sees without device nodes, and perhaps only to read.
@@ -42,15 +43,15 @@ pub(super) const STEPS: [&str; 5] = [
 
 /// `struct mount_attr` of `linux/mount.h`.
 #[repr(C)]
-struct MountAttr {
-    attr_set: u64,
-    attr_clr: u64,
-    propagation: u64,
-    userns_fd: u64,
+pub(super) struct MountAttr {
+    pub(super) attr_set: u64,
+    pub(super) attr_clr: u64,
+    pub(super) propagation: u64,
+    pub(super) userns_fd: u64,
 }
 
-const MOUNT_ATTR_RDONLY: u64 = 0x1;
-const MOUNT_ATTR_NODEV: u64 = 0x4;
+pub(super) const MOUNT_ATTR_RDONLY: u64 = 0x1;
+pub(super) const MOUNT_ATTR_NODEV: u64 = 0x4;
 const OPEN_TREE_CLONE: libc::c_uint = 1;
 const OPEN_TREE_CLOEXEC: libc::c_uint = libc::O_CLOEXEC as libc::c_uint;
 const AT_RECURSIVE: libc::c_uint = libc::AT_RECURSIVE as libc::c_uint;
@@ -86,17 +87,7 @@ pub(super) unsafe fn bind(path: &CStr, read_only: bool) -> Result<(), u8> {
             propagation: libc::MS_PRIVATE,
             userns_fd: 0,
         };
-        let flags = AT_EMPTY_PATH | AT_RECURSIVE;
-        let size = size_of::<MountAttr>();
-        if libc::syscall(
-            libc::SYS_mount_setattr,
-            tree,
-            c"".as_ptr(),
-            flags,
-            &raw const attr,
-            size,
-        ) < 0
-        {
+        if mount_setattr(tree as RawFd, true, &attr) < 0 {
             return Err(3);
         }
         let (empty, flags) = (c"".as_ptr(), MOVE_MOUNT_F_EMPTY_PATH);
@@ -114,6 +105,29 @@ pub(super) unsafe fn bind(path: &CStr, read_only: bool) -> Result<(), u8> {
         libc::syscall(libc::SYS_close, tree);
     }
     Ok(())
+}
+
+/// Changes a mount that is open under `mount`, or with `recursive` also all that are below it.
+///
+/// # Safety
+/// Makes a raw system call and allocates nothing: also for a freshly forked child. The descriptor must be the caller's.
+pub(super) unsafe fn mount_setattr(mount: RawFd, recursive: bool, attr: &MountAttr) -> libc::c_long {
+    let flags = if recursive {
+        AT_EMPTY_PATH | AT_RECURSIVE
+    } else {
+        AT_EMPTY_PATH
+    };
+    // SAFETY: the string is NUL-terminated, and `attr` has the size that is given with it.
+    unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount,
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attr),
+            size_of::<MountAttr>(),
+        )
+    }
 }
 
 #[cfg(test)]

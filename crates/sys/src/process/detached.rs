@@ -3,8 +3,8 @@
 //! ```text
 //! us                                    the child
 //! prepare everything (allocations)
-//! block signals, fork ────────────────► control groups, session, descriptors, limits, mounts, groups,
-//! read the report pipe                  gid, uid, no_new_privs, umask, folder, default signals
+//! block signals, fork ────────────────► control groups, session, its root, descriptors, limits, mounts, groups,
+//! read the report pipe                  gid, uid, no_new_privs, umask, folder, default signals, filter
 //!   five bytes: step and errno  ◄────── a step failed: tell, _exit
 //!   end of file                 ◄────── execve closed the pipe
 //! pidfd, task that reaps
@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 use rustix::process::Pid;
 
 use super::bound_folder::{self, BoundFolder};
+use super::confinement::{self, Confinement, ConfinementError};
 use super::{PidFd, ProcessIdentity, Signal, hold};
 
 /// Who a child becomes.
@@ -96,6 +97,8 @@ pub struct DetachedCommand {
     pub cgroups: Vec<PathBuf>,
     /// A folder that it sees with fewer rights, by mounts of its own; `None` shares our mounts. Needs `CAP_SYS_ADMIN`.
     pub bound_folder: Option<BoundFolder>,
+    /// What it sees and may do, in namespaces of its own; `None` leaves it in ours. Needs `CAP_SYS_ADMIN`.
+    pub confinement: Option<Confinement>,
     /// File descriptors it gets.
     pub inherit: Vec<InheritedFd>,
     /// Resource limits.
@@ -119,6 +122,7 @@ impl DetachedCommand {
             network: None,
             cgroups: Vec::new(),
             bound_folder: None,
+            confinement: None,
             inherit: Vec::new(),
             limits: Vec::new(),
             umask: 0o077,
@@ -143,6 +147,15 @@ pub enum SpawnError {
     BoundFolder {
         /// The folder.
         path: PathBuf,
+    },
+    /// What it is to see cannot be laid out.
+    #[error("cannot confine `{}`", program.display())]
+    Confinement {
+        /// The program.
+        program: PathBuf,
+        /// Why.
+        #[source]
+        source: ConfinementError,
     },
     /// The log cannot be opened.
     #[error("cannot open log `{}`", path.display())]
@@ -185,7 +198,7 @@ pub enum SpawnError {
 }
 
 /// The steps of a child between fork and exec, in order; their index travels through the pipe when one fails.
-const STEPS: [&str; 17] = [
+const STEPS: [&str; 29] = [
     "enter its control group",
     "start a session",
     "move its file descriptors",
@@ -203,9 +216,23 @@ const STEPS: [&str; 17] = [
     "enter the working directory",
     "execute the program",
     "enter its network namespace",
+    "filter its system calls",
+    confinement::STEPS[0],
+    confinement::STEPS[1],
+    confinement::STEPS[2],
+    confinement::STEPS[3],
+    confinement::STEPS[4],
+    confinement::STEPS[5],
+    confinement::STEPS[6],
+    confinement::STEPS[7],
+    confinement::STEPS[8],
+    confinement::STEPS[9],
+    confinement::STEPS[10],
 ];
 /// Where the steps of [`bound_folder`] start.
 const FIRST_BIND_STEP: u8 = 5;
+/// Where the steps of [`confinement`] start.
+const FIRST_CONFINEMENT_STEP: u8 = 18;
 
 /// Everything a child needs, laid out before the fork: after it, nothing may allocate.
 struct Prepared {
@@ -226,6 +253,7 @@ struct Prepared {
     network: Option<RawFd>,
     /// The folder to bind, and whether it is to be read-only.
     bound_folder: Option<(CString, bool)>,
+    confinement: Option<confinement::Prepared>,
     identity: Option<Identity>,
     umask: u32,
     /// Own what `argv` and `envp` point to.
@@ -360,6 +388,16 @@ fn prepare(command: &DetachedCommand, null: RawFd, output: RawFd) -> Result<Prep
             Some(folder) => Some((text(folder.path.as_os_str().as_bytes())?, folder.read_only)),
             None => None,
         },
+        confinement: command
+            .confinement
+            .as_ref()
+            .map(|confinement| {
+                confinement::prepare(confinement).map_err(|source| SpawnError::Confinement {
+                    program: command.program.clone(),
+                    source,
+                })
+            })
+            .transpose()?,
         identity: command.identity.clone(),
         umask: command.umask,
         _texts: texts,
@@ -375,7 +413,15 @@ fn fork_with_signals_blocked(prepared: &mut Prepared, report: RawFd) -> io::Resu
         let mut before: libc::sigset_t = std::mem::zeroed();
         libc::sigfillset(&raw mut all);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
-        let pid = libc::fork();
+        let pid = match &prepared.confinement {
+            None => libc::fork(),
+            // As fork(2), with namespaces: only a new process can be the first of a process namespace.
+            Some(confinement) => {
+                let flags = libc::c_long::from(confinement.namespaces | libc::SIGCHLD);
+                let none: libc::c_long = 0;
+                libc::syscall(libc::SYS_clone, flags, none, none, none, none) as libc::pid_t
+            }
+        };
         if pid == 0 {
             run_child(prepared, report);
         }
@@ -428,6 +474,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
         {
             return 16;
         }
+        if let Some(confinement) = &prepared.confinement
+            && let Err(step) = confinement.enter()
+        {
+            return FIRST_CONFINEMENT_STEP + step;
+        }
         // First out of the way of every number, then into place: one target may be another's source.
         for (source, _) in &prepared.fds {
             let copy = libc::fcntl(*source, libc::F_DUPFD_CLOEXEC, prepared.above);
@@ -464,6 +515,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
         {
             return FIRST_BIND_STEP + step;
         }
+        if let Some(confinement) = &prepared.confinement
+            && let Err(step) = confinement.drop_bounding_set()
+        {
+            return FIRST_CONFINEMENT_STEP + step;
+        }
         if let Some(identity) = &prepared.identity {
             if libc::syscall(
                 libc::SYS_setgroups,
@@ -480,6 +536,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
                 return 12;
             }
         }
+        if let Some(confinement) = &prepared.confinement
+            && let Err(step) = confinement.drop_capabilities()
+        {
+            return FIRST_CONFINEMENT_STEP + step;
+        }
         if libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) < 0 {
             return 13;
         }
@@ -494,6 +555,11 @@ unsafe fn child_steps(prepared: &mut Prepared) -> u8 {
         let mut none: libc::sigset_t = std::mem::zeroed();
         libc::sigemptyset(&raw mut none);
         libc::pthread_sigmask(libc::SIG_SETMASK, &raw const none, std::ptr::null_mut());
+        if let Some(confinement) = &prepared.confinement
+            && !confinement.filter_calls()
+        {
+            return 17;
+        }
         libc::execve(
             prepared.program.as_ptr(),
             prepared.argv.as_ptr(),
