@@ -4,12 +4,14 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Write as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::os::unix::net::UnixListener as StdListener;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use http::{Method, StatusCode};
 use offshoot_sys::process::inherited_fd;
+use offshoot_vmm::cloud_hypervisor::{CONFIG, MEMORY_COPY, STATE};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
@@ -70,8 +72,14 @@ fn pairs(value: &OsStr) -> HashMap<String, String> {
         .collect()
 }
 
+/// What the guest's memory begins with in a memory file.
+const MEMORY: &[u8] = b"the memory of a fake guest";
+
 struct CloudHypervisor {
     machine: Arc<Machine>,
+    /// What it saves of its configuration.
+    config: Value,
+    memory: Option<Memory>,
     guest: Arc<Guest>,
     behaviour: Arc<Behaviour>,
     quit: mpsc::UnboundedSender<()>,
@@ -84,7 +92,61 @@ struct ResizeDisk {
     desired_size: u64,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Snapshot {
+    destination_url: String,
+}
+
+/// A guest's memory in a file.
+struct Memory {
+    file: File,
+    shared: bool,
+}
+
+impl Memory {
+    fn open(path: &Path, shared: bool) -> io::Result<Self> {
+        let file = File::options().read(true).write(shared).open(path)?;
+        if shared {
+            file.write_all_at(MEMORY, 0)?;
+        }
+        let mut began = vec![0; MEMORY.len()];
+        file.read_exact_at(&mut began, 0)?;
+        if began != MEMORY {
+            return Err(io::Error::other("this memory is not the guest's"));
+        }
+        Ok(Self { file, shared })
+    }
+
+    /// Whether it need not be saved: it is in a file that somebody else can name.
+    fn lasts(&self) -> bool {
+        self.shared && self.file.metadata().is_ok_and(|meta| meta.nlink() > 0)
+    }
+}
+
+/// The folder of a URL.
+fn folder(url: &str) -> io::Result<PathBuf> {
+    let path = url.strip_prefix("file://").map(PathBuf::from);
+    path.filter(|path| path.is_dir())
+        .ok_or_else(|| io::Error::other(format!("Destination is not a directory: {url}")))
+}
+
 impl CloudHypervisor {
+    fn save(&self, body: Option<Value>) -> Result<(), String> {
+        let snapshot: Snapshot =
+            serde_json::from_value(body.unwrap_or_default()).map_err(|error| error.to_string())?;
+        let save = || -> io::Result<()> {
+            let folder = folder(&snapshot.destination_url)?;
+            File::create_new(folder.join(CONFIG))?.write_all(&serde_json::to_vec(&self.config)?)?;
+            File::create_new(folder.join(STATE))?.write_all(b"{\"fake\": true}")?;
+            if !self.memory.as_ref().is_some_and(Memory::lasts) {
+                File::create_new(folder.join(MEMORY_COPY))?.write_all(MEMORY)?;
+            }
+            Ok(())
+        };
+        save().map_err(|error| error.to_string())
+    }
+
     fn carry_out(&self, method: &Method, path: &str, body: Option<Value>) -> Result<Option<Value>, String> {
         let running = self.machine.is_running();
         let tell = |command: &str, arguments: Value| {
@@ -104,6 +166,8 @@ impl CloudHypervisor {
             ("PUT", "/vm.pause") if running => tell("stop", Value::Null),
             ("PUT", "/vm.resume") if !running => tell("cont", Value::Null),
             ("PUT", "/vm.pause" | "/vm.resume") => Err("VM is in an invalid state for that".into()),
+            ("PUT", "/vm.snapshot") if running => Err("Trying to snapshot while VM is running".into()),
+            ("PUT", "/vm.snapshot") => self.save(body).map(|()| None),
             ("PUT", "/vm.power-button") => {
                 self.guest.power_button();
                 Ok(None)
@@ -154,6 +218,76 @@ struct Described {
     events: File,
     vsock: Option<PathBuf>,
     disks: HashMap<String, PathBuf>,
+    config: Value,
+    memory: Option<Memory>,
+    restored: bool,
+}
+
+/// A machine that goes on from what was saved.
+fn saved(restore: &OsStr, api: StdListener, events: File) -> io::Result<Described> {
+    let source = pairs(restore).remove("source_url").unwrap_or_default();
+    let folder = folder(&source)?;
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join(CONFIG))?)?;
+    let state: Value = serde_json::from_slice(&std::fs::read(folder.join(STATE))?)?;
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let each = |list: &Value| list.as_array().cloned().unwrap_or_default();
+    if state["fake"] != true {
+        return Err(io::Error::other("this state is another VMM's"));
+    }
+    let mut disks = HashMap::new();
+    for disk in each(&config["disks"]) {
+        let path = PathBuf::from(text(&disk["path"]));
+        File::options()
+            .read(true)
+            .write(disk["readonly"] != true)
+            .open(&path)?;
+        disks.insert(text(&disk["id"]), path);
+    }
+    for pmem in each(&config["pmem"]) {
+        File::open(text(&pmem["file"]))?;
+    }
+    let told = restore.to_string_lossy().into_owned();
+    for net in each(&config["net"]) {
+        if !net["fds"].is_null() && !told.contains(&format!("{}@[", text(&net["id"]))) {
+            return Err(io::Error::other(format!("no descriptor for {}", net["id"])));
+        }
+    }
+    let zone = &config["memory"]["zones"][0];
+    let memory = Memory::open(Path::new(&text(&zone["file"])), zone["shared"] == true)?;
+    Ok(Described {
+        api,
+        events,
+        vsock: config["vsock"]["socket"].as_str().map(PathBuf::from),
+        disks,
+        config,
+        memory: Some(memory),
+        restored: true,
+    })
+}
+
+/// What the real one saves of its configuration, as far as this one reads it again.
+fn config(flags: &Flags) -> Value {
+    let values = |flag: &str| -> Vec<_> {
+        let values = flags.get(flag).into_iter().flatten();
+        values.map(|value| pairs(value)).collect()
+    };
+    let list = |flag: &str, device: &dyn Fn(&HashMap<String, String>) -> Value| {
+        let devices: Vec<_> = values(flag).iter().map(device).collect();
+        if devices.is_empty() {
+            Value::Null
+        } else {
+            json!(devices)
+        }
+    };
+    let is_on = |of: &HashMap<String, String>, key: &str| of.get(key).is_some_and(|value| value == "on");
+    json!({
+        "disks": list("disk", &|of| json!({"id": of["id"], "path": of["path"], "readonly": is_on(of, "readonly")})),
+        "pmem": list("pmem", &|of| json!({"id": of["id"], "file": of["file"]})),
+        "net": list("net", &|of| json!({"id": of["id"], "tap": of.get("tap"), "fds": of.get("fd").map(|_| [-1])})),
+        "memory": {"zones": list("memory-zone", &|of| json!({"file": of["file"], "shared": is_on(of, "shared")}))},
+        "vsock": values("vsock").first().map(|of| json!({"socket": of["socket"]})),
+        "payload": {"kernel": flags["kernel"].first().map(|path| path.to_string_lossy())},
+    })
 }
 
 fn described(args: &[OsString]) -> io::Result<Described> {
@@ -169,6 +303,12 @@ fn described(args: &[OsString]) -> io::Result<Described> {
         file.map(drop)
             .map_err(|error| io::Error::new(error.kind(), format!("cannot open {}: {error}", path.display())))
     };
+    let api = StdListener::from(inherited_fd(number("api-socket")?)?);
+    api.set_nonblocking(true)?;
+    let events = File::from(inherited_fd(number("event-monitor")?)?);
+    if let Some(restore) = first("restore") {
+        return saved(restore, api, events);
+    }
     opens(Path::new(needed("kernel")?), false)?;
     if let Some(initramfs) = first("initramfs") {
         opens(Path::new(initramfs), false)?;
@@ -198,17 +338,23 @@ fn described(args: &[OsString]) -> io::Result<Described> {
             "Using vhost-user requires using shared memory or huge pages",
         ));
     }
-    let api = StdListener::from(inherited_fd(number("api-socket")?)?);
-    api.set_nonblocking(true)?;
+    let memory = first("memory-zone").map(|zone| {
+        let zone = pairs(zone);
+        let path = zone.get("file").map(PathBuf::from).unwrap_or_default();
+        Memory::open(&path, zone.get("shared").is_some_and(|on| on == "on"))
+    });
     let ids: HashSet<_> = disks.keys().collect();
     if ids.len() != flags.get("disk").map_or(0, Vec::len) {
         return Err(io::Error::other("two disks with one id"));
     }
     Ok(Described {
         api,
-        events: inherited_fd(number("event-monitor")?)?.into(),
+        events,
         vsock: first("vsock").and_then(|vsock| pairs(vsock).get("socket").map(PathBuf::from)),
         disks,
+        config: config(&flags),
+        memory: memory.transpose()?,
+        restored: false,
     })
 }
 
@@ -230,6 +376,9 @@ pub fn run(args: &[OsString], behaviour: Behaviour) -> io::Result<i32> {
         events,
         vsock,
         disks,
+        config,
+        memory,
+        restored,
     } = described(args)?;
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -241,8 +390,15 @@ pub fn run(args: &[OsString], behaviour: Behaviour) -> io::Result<i32> {
         let (sender, mut said) = mpsc::unbounded_channel();
         machine.set_client(Some(sender));
         let (quit, mut asked_to_quit) = mpsc::unbounded_channel();
+        if restored {
+            machine
+                .carry_out("stop", &Value::Null, false)
+                .map_err(io::Error::other)?;
+        }
         let fake = CloudHypervisor {
             machine: Arc::clone(&machine),
+            config,
+            memory,
             guest: Arc::clone(&guest),
             behaviour: Arc::clone(&behaviour),
             quit,
@@ -250,7 +406,7 @@ pub fn run(args: &[OsString], behaviour: Behaviour) -> io::Result<i32> {
         let listener = UnixListener::from_std(listener)?;
         tokio::spawn(api::serve(listener, Arc::new(fake), Arc::clone(&behaviour)));
         tell(&events, "vmm", "starting")?;
-        tell(&events, "vm", "booting")?;
+        tell(&events, "vm", if restored { "restoring" } else { "booting" })?;
         if let Some(path) = vsock {
             let socket = vsock::bind(&path)?;
             tokio::spawn(vsock::serve(socket, Arc::clone(&machine), Arc::clone(&guest)));
@@ -261,7 +417,7 @@ pub fn run(args: &[OsString], behaviour: Behaviour) -> io::Result<i32> {
         if behaviour.silent.iter().any(|silent| silent == "booted") {
             return std::future::pending().await;
         }
-        tell(&events, "vm", "booted")?;
+        tell(&events, "vm", if restored { "restored" } else { "booted" })?;
         after(behaviour.die_after, || std::process::abort());
         let ending = Arc::clone(&machine);
         after(behaviour.power_off_after, move || ending.end(End::PowerOff));

@@ -1,7 +1,8 @@
 //! A Firecracker without a processor: the real one's arguments and API, with its order and its phases.
 //!
 //! ```text
-//! not started ── PUT of each part, any order, again as often as one likes ──► InstanceStart ──► running ◄─► paused
+//! not started ─┬─ PUT of each part, any order, again as often as one likes ──► InstanceStart ──► running ◄─► paused
+//!              └─ PUT /snapshot/load ───────────────────────────────────────────────────────────────────────► paused
 //! ```
 //!
 //! Bodies are read as strictly as the real one reads them: unknown fields are an error.
@@ -9,12 +10,13 @@
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::io::{self, Write as _};
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use http::{Method, StatusCode};
-use serde::Deserialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use tokio::net::UnixListener;
 use tokio::sync::{Notify, mpsc};
@@ -37,7 +39,7 @@ struct MachineConfig {
     mem_size_mib: usize,
 }
 
-#[derive(Clone, Deserialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct BootSource {
     kernel_image_path: PathBuf,
@@ -45,7 +47,7 @@ struct BootSource {
     boot_args: Option<String>,
 }
 
-#[derive(Clone, Deserialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Drive {
     drive_id: String,
@@ -56,7 +58,7 @@ struct Drive {
     cache_type: Option<CacheType>,
 }
 
-#[derive(Clone, Copy, Deserialize)]
+#[derive(Clone, Copy, Deserialize, Serialize)]
 enum CacheType {
     Unsafe,
     Writeback,
@@ -69,7 +71,7 @@ struct DrivePath {
     path_on_host: PathBuf,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Pmem {
     id: String,
@@ -80,7 +82,7 @@ struct Pmem {
     read_only: bool,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct NetworkInterface {
     iface_id: String,
@@ -88,7 +90,7 @@ struct NetworkInterface {
     guest_mac: Option<String>,
 }
 
-#[derive(Deserialize)]
+#[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct Vsock {
     guest_cid: u32,
@@ -132,11 +134,67 @@ enum VmState {
     Resumed,
 }
 
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SnapshotCreate {
+    snapshot_type: SnapshotType,
+    snapshot_path: PathBuf,
+    mem_file_path: PathBuf,
+}
+
+#[derive(Deserialize)]
+enum SnapshotType {
+    Full,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SnapshotLoad {
+    snapshot_path: PathBuf,
+    mem_backend: MemoryBackend,
+    #[serde(default)]
+    network_overrides: Vec<NetworkOverride>,
+    #[serde(default)]
+    resume_vm: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MemoryBackend {
+    backend_type: MemoryBackendType,
+    backend_path: PathBuf,
+}
+
+#[derive(Deserialize)]
+enum MemoryBackendType {
+    File,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkOverride {
+    iface_id: String,
+    host_dev_name: String,
+}
+
+/// What the guest's memory begins with in a memory file.
+const MEMORY: &[u8] = b"the memory of a fake guest";
+
+/// What is saved of a machine: everything that it was told.
+#[derive(Clone, Default, Deserialize, Serialize)]
+struct Told {
+    memory_mib: usize,
+    boot: Option<BootSource>,
+    drives: Vec<Drive>,
+    pmems: Vec<Pmem>,
+    nets: Vec<NetworkInterface>,
+    vsock: Option<Vsock>,
+}
+
 /// The machine as it was put together so far.
 #[derive(Default)]
 struct Parts {
-    boot: Option<BootSource>,
-    drives: Vec<Drive>,
+    told: Told,
     vsock: Option<UnixListener>,
     /// There once the guest was started.
     running: Option<(Arc<Machine>, Arc<Guest>)>,
@@ -169,6 +227,12 @@ impl Firecracker {
                 })))
             }
             ("PUT", "actions") => self.act(&mut parts, read(body)?),
+            ("PUT", "snapshot") if id == Some("create") => parts.save(&read(body)?).map(|()| None),
+            ("PUT", "snapshot") if id == Some("load") => {
+                parts.load(read(body)?)?;
+                self.started.notify_one();
+                Ok(None)
+            }
             ("PUT", _) if parts.running.is_some() => Err(AFTER_START.into()),
             ("PATCH", _) if parts.running.is_none() => Err(BEFORE_START.into()),
             ("PUT", _) => parts.add(kind, id, body).map(|()| None),
@@ -185,6 +249,7 @@ impl Firecracker {
                 let drive: DrivePath = read(body)?;
                 same(id, &drive.drive_id)?;
                 let known = parts
+                    .told
                     .drives
                     .iter_mut()
                     .find(|other| other.drive_id == drive.drive_id);
@@ -206,13 +271,7 @@ impl Firecracker {
                 Ok(None)
             }
             (ActionType::InstanceStart, None) => {
-                let boot = parts
-                    .boot
-                    .clone()
-                    .ok_or("Cannot start microvm without kernel configuration.")?;
-                let machine = Arc::new(Machine::new("", parts.disks(&boot)?));
-                let guest = Arc::new(Guest::new(Arc::clone(&machine)));
-                parts.running = Some((machine, guest));
+                parts.make()?;
                 self.started.notify_one();
                 Ok(None)
             }
@@ -228,6 +287,7 @@ impl Parts {
                 if machine.vcpu_count == 0 || machine.vcpu_count > 32 || machine.mem_size_mib == 0 {
                     return Err("The vCPU number is invalid!".into());
                 }
+                self.told.memory_mib = machine.mem_size_mib;
             }
             "boot-source" => {
                 let boot: BootSource = read(body)?;
@@ -238,7 +298,7 @@ impl Parts {
                     opens(path, true)
                         .map_err(|error| format!("The kernel file cannot be opened: {error}"))?;
                 }
-                self.boot = Some(boot);
+                self.told.boot = Some(boot);
             }
             "drives" => {
                 let drive: Drive = read(body)?;
@@ -253,13 +313,14 @@ impl Parts {
                     return Err("this fake is for disks that the agent mounts and that are flushed".into());
                 }
                 opens(&drive.path_on_host, drive.is_read_only)?;
-                self.drives.retain(|other| other.drive_id != drive.drive_id);
-                self.drives.push(drive);
+                self.told.drives.retain(|other| other.drive_id != drive.drive_id);
+                self.told.drives.push(drive);
             }
             "pmem" => {
                 let pmem: Pmem = read(body)?;
                 same(id, &pmem.id)?;
                 opens(&pmem.path_on_host, pmem.read_only && !pmem.root_device)?;
+                self.told.pmems.push(pmem);
             }
             "network-interfaces" => {
                 let net: NetworkInterface = read(body)?;
@@ -267,15 +328,15 @@ impl Parts {
                 if net.host_dev_name.is_empty() || net.guest_mac.is_none() {
                     return Err("Open tap device failed".into());
                 }
+                self.told.nets.push(net);
             }
             "vsock" => {
                 let device: Vsock = read(body)?;
                 if device.guest_cid < 3 {
                     return Err("Invalid guest CID".into());
                 }
-                let socket = vsock::bind(&device.uds_path);
-                self.vsock =
-                    Some(socket.map_err(|error| format!("Cannot create backend for vsock device: {error}"))?);
+                self.vsock = Some(bind(&device)?);
+                self.told.vsock = Some(device);
             }
             "entropy" => {
                 let Entropy {} = read(body)?;
@@ -291,6 +352,75 @@ impl Parts {
         Ok(())
     }
 
+    /// Makes the machine, with a guest that runs.
+    fn make(&mut self) -> Result<&Arc<Machine>, String> {
+        let boot = self.told.boot.as_ref();
+        let boot = boot.ok_or("Cannot start microvm without kernel configuration.")?;
+        let machine = Arc::new(Machine::new("", self.disks(boot)?));
+        let guest = Arc::new(Guest::new(Arc::clone(&machine)));
+        Ok(&self.running.insert((machine, guest)).0)
+    }
+
+    fn save(&self, create: &SnapshotCreate) -> Result<(), String> {
+        let SnapshotType::Full = create.snapshot_type;
+        match &self.running {
+            None => return Err(BEFORE_START.into()),
+            Some((machine, _)) if machine.is_running() => {
+                return Err("Cannot save a microVM that is not paused".into());
+            }
+            Some(_) => {}
+        }
+        let save = || -> io::Result<()> {
+            let mut state = std::fs::File::create(&create.snapshot_path)?;
+            state.write_all(&serde_json::to_vec(&self.told)?)?;
+            let memory = std::fs::File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .open(&create.mem_file_path)?;
+            // As long as it must be, for it is saved whole.
+            memory.set_len((self.told.memory_mib as u64) << 20)?;
+            memory.write_all_at(MEMORY, 0)
+        };
+        save().map_err(|error| format!("Create snapshot error: {error}"))
+    }
+
+    fn load(&mut self, load: SnapshotLoad) -> Result<(), String> {
+        if self.running.is_some() || self.told.boot.is_some() {
+            return Err(
+                "Loading a microVM snapshot not allowed after configuring boot-specific resources.".into(),
+            );
+        }
+        let MemoryBackendType::File = load.mem_backend.backend_type;
+        let failed = |error: &dyn std::fmt::Display| format!("Load snapshot error: {error}");
+        let state = std::fs::read(&load.snapshot_path).map_err(|error| failed(&error))?;
+        let mut told: Told = serde_json::from_slice(&state).map_err(|error| failed(&error))?;
+        let mut began = vec![0; MEMORY.len()];
+        let memory = std::fs::File::open(&load.mem_backend.backend_path);
+        let read = memory.and_then(|memory| memory.read_exact_at(&mut began, 0));
+        read.map_err(|error| failed(&error))?;
+        if began != MEMORY {
+            return Err(failed(&"this memory is not the guest's"));
+        }
+        for other in load.network_overrides {
+            let net = told.nets.iter_mut().find(|net| net.iface_id == other.iface_id);
+            net.ok_or("Unknown Network Device.")?.host_dev_name = other.host_dev_name;
+        }
+        for drive in &told.drives {
+            opens(&drive.path_on_host, drive.is_read_only)?;
+        }
+        for pmem in &told.pmems {
+            opens(&pmem.path_on_host, pmem.read_only)?;
+        }
+        self.vsock = told.vsock.as_ref().map(bind).transpose()?;
+        self.told = told;
+        let machine = self.make()?;
+        if !load.resume_vm {
+            machine.carry_out("stop", &Value::Null, false)?;
+        }
+        Ok(())
+    }
+
     /// The disks by what the guest is told of their order, with QEMU's node names, which the machine knows.
     fn disks(&self, boot: &BootSource) -> Result<HashMap<String, PathBuf>, String> {
         let args = boot.boot_args.as_deref().unwrap_or_default();
@@ -298,13 +428,13 @@ impl Parts {
             .split(' ')
             .find_map(|word| word.strip_prefix(offshoot_vmm::firecracker::DISKS));
         let serials: Vec<_> = told.into_iter().flat_map(|told| told.split(',')).collect();
-        if serials.len() != self.drives.len() {
+        if serials.len() != self.told.drives.len() {
             return Err(format!(
                 "{} disks, and the guest is told of {serials:?}",
-                self.drives.len()
+                self.told.drives.len()
             ));
         }
-        let named = serials.iter().zip(&self.drives);
+        let named = serials.iter().zip(&self.told.drives);
         Ok(named
             .map(|(serial, drive)| (format!("disk-{serial}"), drive.path_on_host.clone()))
             .collect())
@@ -315,6 +445,10 @@ fn read<T: DeserializeOwned>(body: Option<Value>) -> Result<T, String> {
     let body = body.ok_or("Empty PUT request.")?;
     serde_json::from_value(body)
         .map_err(|error| format!("An error occurred when deserializing the json body of a request: {error}."))
+}
+
+fn bind(device: &Vsock) -> Result<UnixListener, String> {
+    vsock::bind(&device.uds_path).map_err(|error| format!("Cannot create backend for vsock device: {error}"))
 }
 
 fn same(path: Option<&str>, body: &str) -> Result<(), String> {

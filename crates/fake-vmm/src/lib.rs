@@ -9,7 +9,8 @@
 //!   agent.sock ─► port ─► service ─► guest ─────────────────► process ◄─ program (what an argument list means)
 //! ```
 //!
-//! [`firecracker`] and [`cloud_hypervisor`] are the same behind the other drivers: the same guest, other programs.
+//! [`firecracker`] and [`cloud_hypervisor`] are the same behind the other drivers: the same guest, other programs. [`prying`] is
+//! a VMM that its guest has taken over, behind each of them.
 //!
 //! What it ignores: devices, kernel and initramfs beyond their existence, and files in the guest. What it can be told:
 //! [`Behaviour`] in its environment makes it fail in ways that a real QEMU won't, and commands in the guest
@@ -26,6 +27,7 @@ mod machine;
 mod port;
 mod process;
 mod program;
+pub mod prying;
 mod qmp;
 mod service;
 mod vsock;

@@ -26,6 +26,7 @@ pub mod policy;
 mod process;
 pub mod qemu;
 mod said;
+mod saved;
 mod tended;
 pub mod virtiofsd;
 mod words;

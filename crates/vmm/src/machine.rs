@@ -59,16 +59,17 @@ pub trait Machine: Send + Sync {
     /// the guest: escape them before they are shown.
     async fn console_tail(&self, limit: usize) -> Result<Vec<u8>, MachineError>;
 
-    /// Saving to a template, where this VMM can.
+    /// Saving to a template, where this VMM can. Some can only when they were launched for it
+    /// ([`crate::plan::Origin::KernelInto`]).
     fn snapshots(&self) -> Option<&dyn Snapshots>;
 }
 
 /// Saving a VM so that copies of it can be started.
 #[async_trait]
 pub trait Snapshots: Send + Sync {
-    /// Saves the devices of the paused VM into a new file, at most `limit` of them; its memory is in the file that its plan
-    /// was launched with ([`crate::plan::Origin::KernelInto`]). Once per VM; the VM stays paused. On failure the file holds
-    /// rubbish, which the caller removes. Dropping the future leaves the same.
+    /// Saves the devices of the paused VM into a new file, at most `limit` of them; its memory is then in the file that its
+    /// plan was launched with ([`crate::plan::Origin::KernelInto`]). Once per VM; the VM stays paused. On failure the files
+    /// hold rubbish, which the caller removes. Dropping the future leaves the same.
     async fn save(&self, state: &Path, limit: ByteSize) -> Result<(), MachineError>;
 }
 

@@ -63,8 +63,8 @@ pub enum Origin {
     /// It boots its kernel.
     #[default]
     Kernel,
-    /// It boots its kernel, and all of its memory is this file, of the plan's size and written by the VMM, so that it can be
-    /// saved ([`crate::Snapshots`]).
+    /// It boots its kernel, and once it was saved ([`crate::Snapshots`]), all of its memory is in this file, which has the
+    /// plan's size. A VMM may write it from the start on.
     KernelInto(Arc<File>),
     /// It goes on as a VM of the same shape ([`crate::Driver::shape`]) that was saved. The launch returns when it could: it
     /// stands until [`crate::Machine::resume`].
@@ -486,6 +486,36 @@ impl LaunchPlan {
             }
         }
         Ok(())
+    }
+
+    /// The same VM without what differs from VM to VM: ids, paths, addresses, descriptors, and where it comes from. What two
+    /// VMs then have in common is what [`crate::Driver::shape`] names.
+    pub(crate) fn without_its_own(&self) -> Self {
+        let place = |name: &str| PathBuf::from("/").join(name);
+        let mut same = Self {
+            vm: VmId::from_bytes(&[0; 6]),
+            run_dir: place("run"),
+            log: place("log"),
+            console: place("console"),
+            kernel: place("kernel"),
+            initramfs: self.initramfs.as_ref().map(|_| place("initramfs")),
+            origin: Origin::Kernel,
+            identity: None,
+            cgroups: Vec::new(),
+            ..self.clone()
+        };
+        for disk in &mut same.disks {
+            disk.path = place("disk");
+        }
+        for pmem in &mut same.pmems {
+            pmem.path = place("pmem");
+        }
+        let net = || NetPlan {
+            backend: NetBackend::TapFd(TapSlot::default()),
+            mac: Mac([2, 0, 0, 0, 0, 0]),
+        };
+        same.nets = same.nets.iter().map(|_| net()).collect();
+        same
     }
 
     /// The kernel's command line as one text.

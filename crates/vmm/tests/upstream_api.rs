@@ -5,8 +5,10 @@
 use std::path::{Path, PathBuf};
 
 use offshoot_model::{ByteSize, Mac, VmId};
-use offshoot_vmm::cloud_hypervisor::ResizeDisk;
-use offshoot_vmm::firecracker::{Action, ActionType, DrivePath, FirecrackerFacts, VmState, requests};
+use offshoot_vmm::cloud_hypervisor::{ResizeDisk, Snapshot};
+use offshoot_vmm::firecracker::{
+    Action, ActionType, DrivePath, FirecrackerFacts, SnapshotCreate, VmState, requests, restore,
+};
 use offshoot_vmm::plan::{
     Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, NetBackend, NetPlan, Origin, PmemPlan,
 };
@@ -140,7 +142,7 @@ fn every_request_to_firecracker_is_one_of_its_own() {
             read_only: true,
         });
     }
-    let list = requests(&plan, &facts, "/run/x/own/agent.sock".into(), &["tap0".into()]).unwrap();
+    let list = requests(&plan, &facts, &["tap0".into()]).unwrap();
     let mut asked: Vec<_> = list
         .into_iter()
         .map(|request| ("put", request.path, request.body))
@@ -162,6 +164,10 @@ fn every_request_to_firecracker_is_one_of_its_own() {
         let state = serde_json::to_value(VmState { state }).unwrap();
         asked.push(("patch", "/vm".into(), state));
     }
+    let save = serde_json::to_value(SnapshotCreate::here()).unwrap();
+    asked.push(("put", "/snapshot/create".into(), save));
+    let load = restore(&["tap0".into()]);
+    asked.push(("put", load.path, load.body));
     for (verb, path, body) in asked {
         allowed(&description, verb, &path, &body).unwrap_or_else(|error| panic!("{version}: {error}"));
     }
@@ -178,6 +184,11 @@ fn every_request_to_cloud_hypervisor_is_one_of_its_own() {
     };
     let resize = serde_json::to_value(resize).unwrap();
     allowed(&description, "put", "/vm.resize-disk", &resize).unwrap();
+    let snapshot = Snapshot {
+        destination_url: "file:///d".into(),
+    };
+    let snapshot = serde_json::to_value(snapshot).unwrap();
+    allowed(&description, "put", "/vm.snapshot", &snapshot).unwrap();
     for path in ["/vm.pause", "/vm.resume", "/vm.power-button", "/vmm.shutdown"] {
         assert!(description["paths"][path]["put"].is_object(), "{path}");
     }

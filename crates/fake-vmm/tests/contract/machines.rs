@@ -4,15 +4,21 @@
 use std::hash::{BuildHasher, RandomState};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use offshoot_agent_proto::client::AgentClient;
 use offshoot_fake_vmm::Behaviour;
-use offshoot_model::{ByteSize, ErrorKind, Explain, VmId};
+use offshoot_model::{ByteSize, ErrorKind, Explain, Mac, VmId};
+use offshoot_sys::memory_file;
 use offshoot_sys::process::{Exit, PidFd, Signal};
+use offshoot_sys::tap;
 use offshoot_vmm::cloud_hypervisor::{CloudHypervisorConfig, CloudHypervisorDriver};
 use offshoot_vmm::firecracker::{FirecrackerConfig, FirecrackerDriver};
-use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, Origin, VmmIdentity};
+use offshoot_vmm::plan::{
+    Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, NetBackend, NetPlan, Origin, SavedGuest,
+    TapSlot, VmmIdentity,
+};
 use offshoot_vmm::{
     AgentEndpoint, Driver, ExitCause, LaunchError, Machine, MachineError, MachineState, MachineStatus,
     ReopenError, VmmFeature,
@@ -130,12 +136,14 @@ impl Rig {
             Box::new(FirecrackerDriver::new(FirecrackerConfig {
                 program,
                 env,
+                files: Vec::new(),
                 patience,
             }))
         } else {
             Box::new(CloudHypervisorDriver::new(CloudHypervisorConfig {
                 program,
                 env,
+                files: Vec::new(),
                 patience,
             }))
         };
@@ -278,7 +286,10 @@ contract! {
     a_disk_grows_and_never_shrinks(Idle);
     the_console_is_kept(Idle);
     the_agents_socket_is_the_vmms_own(Idle);
+    a_saved_guest_goes_on_in_others(Idle);
+    what_was_saved_by_nobody_is_refused(Idle);
     what_the_process_gets_is_no_more_than_it_needs(Idle);
+    a_tap_ends_with_its_vmm(Idle);
 }
 
 async fn it_says_what_it_can_do(rig: &Rig, vmm: Vmm) {
@@ -509,6 +520,169 @@ async fn the_agents_socket_is_the_vmms_own(rig: &Rig, vmm: Vmm) {
     let stranger = AgentClient::connect_hybrid_vsock(path, *port, Some(pid + 1)).await;
     assert!(stranger.is_err(), "whoever made the socket is looked at");
     machine.quit().await.unwrap();
+}
+
+/// Opened by us in a namespace that the VMM does not see, or by the VMM where it is.
+async fn a_tap_ends_with_its_vmm(rig: &Rig, vmm: Vmm) {
+    if vmm.is_fake() || rig.plan.identity.is_none() {
+        skipped("needs root, and a VMM that opens its TAP");
+        return;
+    }
+    let name = format!("ost-{:.11}", rig.plan.vm);
+    let open = match tap::create(&name) {
+        Ok(open) => open,
+        Err(error) => {
+            skipped(&format!("no TAP can be made: {error}"));
+            return;
+        }
+    };
+    let interface = PathBuf::from("/sys/class/net").join(&name);
+    let mut plan = rig.plan.clone();
+    let slot = TapSlot::default();
+    slot.fill(open);
+    plan.nets.push(NetPlan {
+        backend: NetBackend::TapFd(slot),
+        mac: Mac([2, 0, 0, 0, 0, 1]),
+    });
+    let machine = rig.driver.launch(&plan).await.unwrap();
+    assert!(interface.exists());
+    machine.kill().await.unwrap();
+    let start = Instant::now();
+    while interface.exists() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{name} is left");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Another VM of the same shape.
+fn another(rig: &Rig, name: &str, origin: Origin) -> LaunchPlan {
+    let folder = rig.folder.join(name);
+    std::fs::create_dir_all(folder.join("run")).unwrap();
+    let disk = folder.join("disk");
+    let file = std::fs::File::create(&disk).unwrap();
+    file.set_len(DISK_SIZE.bytes()).unwrap();
+    if let Some(who) = &rig.plan.identity {
+        std::os::unix::fs::chown(&disk, Some(who.uid), Some(who.gid)).unwrap();
+    }
+    let mut plan = rig.plan.clone();
+    plan.vm = VmId::from_bytes(&RandomState::new().hash_one(&folder).to_le_bytes());
+    (plan.run_dir, plan.log) = (folder.join("run"), folder.join("vmm.log"));
+    plan.console = folder.join("console.log");
+    plan.disks[0].path = disk;
+    plan.origin = origin;
+    plan
+}
+
+/// A file as its content, sealed.
+fn sealed(content: &[u8]) -> Arc<std::fs::File> {
+    let file = memory_file::create("test", content.len() as u64).unwrap();
+    std::os::unix::fs::FileExt::write_all_at(&file, content, 0).unwrap();
+    memory_file::seal(&file).unwrap();
+    Arc::new(file)
+}
+
+async fn a_saved_guest_goes_on_in_others(rig: &Rig, vmm: Vmm) {
+    let facts = rig.driver.probe().await.unwrap();
+    assert!(facts.features.contains(&VmmFeature::Snapshots));
+    let machine = rig.launch().await;
+    assert!(machine.snapshots().is_none(), "it was not launched for that");
+    machine.kill().await.unwrap();
+
+    let memory = Arc::new(memory_file::create("test", rig.plan.memory.bytes()).unwrap());
+    let plan = another(rig, "saved", Origin::KernelInto(Arc::clone(&memory)));
+    let machine = rig
+        .driver
+        .launch(&plan)
+        .await
+        .unwrap_or_else(|error| panic!("{error:?}"));
+    rig.remember(machine.state().process.pid);
+    let (state, limit) = (rig.folder.join("state"), ByteSize::from_mib(16));
+    let snapshots = machine.snapshots().expect("it was launched for that");
+    assert!(snapshots.save(&state, limit).await.is_err(), "it runs");
+    let _ = std::fs::remove_file(&state);
+    machine.pause().await.unwrap();
+    match snapshots.save(&state, limit).await {
+        Ok(()) => {}
+        // A KVM without nested guests says that it has them and fails (seen of kvm_pvm).
+        Err(error) if !vmm.is_fake() && format!("{error:?}").contains("GetNestedState") => {
+            skipped("this KVM cannot tell the state of nested guests");
+            return machine.kill().await.unwrap();
+        }
+        Err(error) => panic!("{error:?}"),
+    }
+    assert_eq!(machine.status().await.unwrap(), MachineStatus::Paused);
+    machine.kill().await.unwrap();
+    let mut pages = 0;
+    memory_file::for_each_page(&memory, |_, _| {
+        pages += 1;
+        Ok(())
+    })
+    .unwrap();
+    assert!(pages > 0, "there is nothing in its memory");
+    memory_file::seal(&*memory).unwrap();
+
+    let state = sealed(&std::fs::read(state).unwrap());
+    let saved = || {
+        Origin::Template(SavedGuest {
+            memory: Arc::clone(&memory),
+            state: Arc::clone(&state),
+            disks: vec![(DISK.into(), DISK_SIZE)],
+        })
+    };
+    let shape = rig.driver.shape(&rig.plan).await.unwrap();
+    assert!(shape.is_some());
+    let mut machines = Vec::new();
+    for name in ["a", "b"] {
+        let plan = another(rig, name, saved());
+        assert_eq!(rig.driver.shape(&plan).await.unwrap(), shape);
+        let machine = rig
+            .driver
+            .launch(&plan)
+            .await
+            .unwrap_or_else(|error| panic!("{error:?}"));
+        rig.remember(machine.state().process.pid);
+        assert_eq!(machine.status().await.unwrap(), MachineStatus::Paused);
+        // As long as it stands, it may learn of a larger disk.
+        machine.resize_disk(DISK, ByteSize::from_mib(2)).await.unwrap();
+        machine.resume().await.unwrap();
+        assert_eq!(machine.status().await.unwrap(), MachineStatus::Running);
+        machines.push((plan, machine));
+    }
+    for (plan, machine) in machines {
+        let (pid, own) = (machine.state().process.pid, plan.run_dir.join("own"));
+        let AgentEndpoint::HybridVsock { path, port } = machine.agent_endpoint() else {
+            panic!("not over vsock")
+        };
+        assert!(path.starts_with(&own) && path.exists(), "{}", path.display());
+        if vmm.is_fake() {
+            let agent = AgentClient::connect_hybrid_vsock(path, *port, Some(pid)).await;
+            agent.unwrap().hello().await.unwrap();
+        } else {
+            // The memory is nobody's copy: what is mapped is the one file, privately.
+            let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap();
+            let mut mapped = maps.lines().filter(|line| line.contains("/memfd:test"));
+            assert!(mapped.any(|line| line.contains(" rw-p ")), "{maps}");
+        }
+        machine.quit().await.unwrap();
+        let left: Vec<_> = std::fs::read_dir(&plan.run_dir).unwrap().collect();
+        assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+async fn what_was_saved_by_nobody_is_refused(rig: &Rig, _: Vmm) {
+    let rubbish = Origin::Template(SavedGuest {
+        memory: sealed(&vec![1; 32 << 20]),
+        state: sealed(b"rubbish"),
+        disks: Vec::new(),
+    });
+    let plan = another(rig, "a", rubbish);
+    let error = rig.driver.launch(&plan).await.err().expect("it is none");
+    assert!(
+        matches!(error, LaunchError::Restore { .. } | LaunchError::Prepare { .. }),
+        "{error:?}"
+    );
+    let left: Vec<_> = std::fs::read_dir(&plan.run_dir).unwrap().collect();
+    assert!(left.is_empty(), "{left:?}");
 }
 
 async fn what_the_process_gets_is_no_more_than_it_needs(rig: &Rig, vmm: Vmm) {

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use offshoot_fake_vmm::Behaviour;
 use offshoot_model::{ByteSize, VmId};
+use offshoot_sys::process::Exit;
 use offshoot_vmm::plan::{Accel, AgentChannel, ConsoleDevice, DiskPlan, LaunchPlan, Origin, VmmIdentity};
 use offshoot_vmm::qemu::{QemuConfig, QemuDriver};
 use offshoot_vmm::{Driver, Machine};
@@ -25,6 +26,12 @@ pub(crate) const HELLO: &str = "hello,console";
 pub(crate) const DISK: &str = "data";
 pub(crate) const DISK_SIZE: ByteSize = ByteSize::from_mib(1);
 const NOBODY: u32 = 65534;
+
+/// Whether a process ended by `abort(3)`. The first process of a namespace ignores its own SIGABRT, and the C library then has it
+/// run into what no program may do.
+pub(crate) fn aborted(exit: Option<Exit>) -> bool {
+    matches!(exit, Some(Exit::Signal(6 | 11)))
+}
 
 pub(crate) struct Rig {
     pub(crate) driver: QemuDriver,
@@ -51,6 +58,7 @@ impl Rig {
             Vmm::Fake => QemuConfig {
                 program: env!("CARGO_BIN_EXE_offshoot-fake-vmm").into(),
                 env: vec![(Behaviour::VARIABLE.into(), behaviour.into())],
+                files: Vec::new(),
                 patience: Duration::from_secs(2),
             },
         };

@@ -25,6 +25,7 @@ fn talkative() -> Option<Rig> {
     std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
     rig.driver = QemuDriver::new(QemuConfig {
         program,
+        files: vec![fake.into()],
         // It talks before it answers.
         patience: Duration::from_secs(30),
         ..QemuConfig::default()

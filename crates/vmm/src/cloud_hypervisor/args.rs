@@ -3,10 +3,12 @@
 use std::os::fd::RawFd;
 
 use crate::driver::LaunchError;
-use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan, NetBackend};
+use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan, NetBackend, Origin, PlanError};
+use crate::saved::{MEMORY_FD, inherited_path};
 
 use super::options::{CommandLine, Options};
 use super::probe::CloudHypervisorFacts;
+use super::saved::ZONE;
 use crate::tended::own_folder;
 
 /// Under which number it gets its listening API socket.
@@ -26,6 +28,11 @@ pub fn command_line(plan: &LaunchPlan, _: &CloudHypervisorFacts) -> Result<Comma
     line.options("api-socket", Options::new().with("fd", API_FD.to_string()));
     line.options("event-monitor", Options::new().with("fd", EVENTS_FD.to_string()));
     line.plain("seccomp", "true");
+    if let Origin::Template(_) = plan.origin {
+        // Its configuration, which lies with what was saved, says everything else.
+        line.options("restore", restore(plan));
+        return Ok(line);
+    }
     line.plain("kernel", &plan.kernel);
     if let Some(initramfs) = &plan.initramfs {
         line.plain("initramfs", initramfs);
@@ -35,9 +42,7 @@ pub fn command_line(plan: &LaunchPlan, _: &CloudHypervisorFacts) -> Result<Comma
         line.plain("cmdline", cmdline);
     }
     line.options("cpus", Options::new().with("boot", plan.cpus.to_string()));
-    let memory = Options::new().with("size", format!("{}M", plan.memory.mib()));
-    // virtiofsd maps the guest's memory, so it must be shareable.
-    line.options("memory", memory.with_switch("shared", !plan.shares.is_empty()));
+    memory(&mut line, plan);
     console(&mut line, plan);
     disks(&mut line, plan);
     shares(&mut line, plan);
@@ -46,12 +51,77 @@ pub fn command_line(plan: &LaunchPlan, _: &CloudHypervisorFacts) -> Result<Comma
         let vsock = Options::new().with("cid", cid.to_string());
         line.options("vsock", vsock.with("socket", agent_socket(plan)));
     }
-    // Nothing is taken from the guest; what it does not use, it gives back.
+    // Nothing is taken from the guest; what it does not use, it gives back. A guest that goes on from a saved one cannot: it
+    // would punch holes into the saved memory.
+    let gives_back = !matches!(plan.origin, Origin::KernelInto(_));
     let balloon = Options::new()
         .with("size", "0")
         .with_switch("deflate_on_oom", true);
-    line.options("balloon", balloon.with_switch("free_page_reporting", true));
+    line.options("balloon", balloon.with_switch("free_page_reporting", gives_back));
     Ok(line)
+}
+
+/// The folder with what was saved, for a VM that goes on from there.
+pub(super) fn restore_folder(plan: &LaunchPlan) -> std::path::PathBuf {
+    own_folder(&plan.run_dir).join("restore")
+}
+
+fn restore(plan: &LaunchPlan) -> Options {
+    let url = format!("file://{}", restore_folder(plan).display());
+    let options = Options::new().with("source_url", url);
+    let open = plan.nets.iter().zip(FIRST_TAP_FD..).enumerate();
+    let open = open.filter(|(_, (net, _))| matches!(net.backend, NetBackend::TapFd(_)));
+    let open: Vec<_> = open.map(|(n, (_, fd))| (net_id(n), fd)).collect();
+    if open.is_empty() {
+        options
+    } else {
+        options.with_numbered("net_fds", open)
+    }
+}
+
+fn memory(line: &mut CommandLine, plan: &LaunchPlan) {
+    let size = format!("{}M", plan.memory.mib());
+    if let Origin::KernelInto(_) = plan.origin {
+        // In a file with a name, which then is what it saves of it.
+        line.options("memory", Options::new().with("size", "0"));
+        let zone = Options::new().with("id", ZONE).with("size", size);
+        let zone = zone.with("file", inherited_path(MEMORY_FD));
+        line.options("memory-zone", zone.with_switch("shared", true));
+    } else {
+        let memory = Options::new().with("size", size);
+        // virtiofsd maps the guest's memory, so it must be shareable.
+        line.options("memory", memory.with_switch("shared", !plan.shares.is_empty()));
+    }
+}
+
+/// What two VMs must have in common so that one can go on from where the other was saved; `None` where it cannot save such a
+/// VM: what serves its shares has their memory in common with it.
+pub(super) fn shape(plan: &LaunchPlan, facts: &CloudHypervisorFacts) -> Result<Option<String>, LaunchError> {
+    if !plan.shares.is_empty() {
+        return Ok(None);
+    }
+    let words = encoded(&plan.without_its_own(), facts)?;
+    let words: Vec<_> = words.iter().map(|word| word.to_string_lossy()).collect();
+    Ok(Some(words.join("\n")))
+}
+
+/// The same as arguments.
+pub(super) fn encoded(
+    plan: &LaunchPlan,
+    facts: &CloudHypervisorFacts,
+) -> Result<Vec<std::ffi::OsString>, LaunchError> {
+    command_line(plan, facts)?
+        .encode()
+        .map_err(|error| LaunchError::Plan {
+            source: PlanError::Path {
+                what: error.flag,
+                path: error.value.into(),
+            },
+        })
+}
+
+fn net_id(n: usize) -> String {
+    format!("net{n}")
 }
 
 /// The agent's socket, which it makes.
@@ -132,7 +202,7 @@ fn nets(line: &mut CommandLine, plan: &LaunchPlan) {
             NetBackend::TapFd(_) => Options::new().with_numbers("fd", &[fd]),
         };
         let options = options.with("mac", net.mac.to_string());
-        line.options("net", options.with("id", format!("net{n}")));
+        line.options("net", options.with("id", net_id(n)));
     }
 }
 
@@ -299,6 +369,68 @@ mod tests {
         };
         check(ConsoleDevice::Serial, "serial", "console");
         check(ConsoleDevice::Virtio, "console", "serial");
+    }
+
+    #[test]
+    fn a_vm_that_is_to_be_saved_has_its_memory_in_a_file() {
+        let memory = offshoot_sys::memory_file::create("test", 4096).unwrap();
+        let plan = LaunchPlan {
+            origin: Origin::KernelInto(std::sync::Arc::new(memory)),
+            ..possible()
+        };
+        let flags = read_flags(&command_line(&plan, &newest()).unwrap().encode().unwrap());
+        let zone = [
+            ("id", "mem0"),
+            ("size", "256M"),
+            ("file", "/proc/self/fd/14"),
+            ("shared", "on"),
+        ];
+        assert_eq!(values(&flags, "memory-zone"), [pairs(&zone)]);
+        assert_eq!(values(&flags, "memory"), [pairs(&[("size", "0")])]);
+        let reports = ("free_page_reporting".to_owned(), "off".to_owned());
+        assert!(values(&flags, "balloon")[0].contains(&reports));
+        let cold = possible();
+        assert_eq!(shape(&plan, &newest()).unwrap(), shape(&cold, &newest()).unwrap());
+    }
+
+    #[test]
+    fn a_saved_vm_goes_on_with_its_own_taps() {
+        let file = || std::sync::Arc::new(offshoot_sys::memory_file::create("test", 4096).unwrap());
+        let net = |backend| crate::plan::NetPlan {
+            backend,
+            mac: offshoot_model::Mac([2, 0, 0, 0, 0, 1]),
+        };
+        let mut plan = possible();
+        plan.origin = Origin::Template(crate::plan::SavedGuest {
+            memory: file(),
+            state: file(),
+            disks: Vec::new(),
+        });
+        let words = |plan: &LaunchPlan| -> Vec<String> {
+            let words = command_line(plan, &newest()).unwrap().encode().unwrap();
+            words
+                .into_iter()
+                .map(|word| word.into_string().unwrap())
+                .collect()
+        };
+        let expected = [
+            "--api-socket",
+            "fd=10",
+            "--event-monitor",
+            "fd=12",
+            "--seccomp",
+            "true",
+            "--restore",
+            "source_url=file:///run/offshoot/x/own/restore",
+        ];
+        assert_eq!(words(&plan), expected);
+        plan.nets = vec![
+            net(NetBackend::TapFd(Default::default())),
+            net(NetBackend::Tap("t".into())),
+            net(NetBackend::TapFd(Default::default())),
+        ];
+        let last = words(&plan).pop().unwrap();
+        assert_eq!(last, format!("{},net_fds=[net0@[20],net2@[22]]", expected[7]));
     }
 
     #[test]

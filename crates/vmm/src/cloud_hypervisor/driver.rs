@@ -2,36 +2,51 @@
 //!
 //! ```text
 //! validate ─► command line ─► sockets, pipes ─► spawn ─► machine.json ─► it says "booted" ─► its API answers ─► Machine
-//!    pure         pure           └──────── a guard undoes these when a later step fails ────────┘
+//!    pure         pure           │                                       or "restored"  │
+//!                                └──────── a guard undoes these when a later step fails ──────┘
 //! ```
 
+use std::ffi::OsString;
+use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::{
+    DirBuilderExt as _, FileExt as _, FileTypeExt as _, OpenOptionsExt as _, PermissionsExt, fchown,
+};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use offshoot_sys::process::{DetachedCommand, InheritedFd, PidFd, spawn_detached};
+use offshoot_sys::tap;
 use tokio::sync::OnceCell;
 
-use super::args::{API_FD, EVENTS_FD, FIRST_TAP_FD, agent_socket, command_line};
+use super::args::{API_FD, EVENTS_FD, FIRST_TAP_FD, agent_socket, encoded, restore_folder, shape};
 use super::events::{Events, Seen};
-use super::machine::CloudHypervisorMachine;
+use super::machine::{CloudHypervisorMachine, SAVED, Saving};
 use super::probe::CloudHypervisorFacts;
+use super::saved::{CONFIG, STATE, config_of, unpacked};
 use crate::ask::ask;
 use crate::console::{Console, pipe_of_process, pipe_that_lasts};
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::http::Api;
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
-use crate::plan::{AgentChannel, LaunchPlan, NetBackend, PlanError};
-use crate::process;
+use crate::plan::{AgentChannel, LaunchPlan, NetBackend, Origin, SavedGuest, VmmIdentity};
+use crate::process::{self, Program, Taps, Ways};
+use crate::saved::inherit;
 use crate::tended::{Launched, Tended, make_own_folder, own_folder, remove_files, take_back};
 use crate::words::Words;
 
 /// The name of this driver in stored states.
 pub(crate) const KIND: &str = "cloud-hypervisor";
+
+/// It asks for the MTU of a TAP by its name, and reads and writes disks with io_uring where it can.
+const WAYS: Ways = Ways {
+    taps: Taps::OpenAndNamed,
+    io_uring: true,
+};
 
 /// Which Cloud Hypervisor, and how it is run.
 #[derive(Clone, Debug)]
@@ -40,6 +55,8 @@ pub struct CloudHypervisorConfig {
     pub program: PathBuf,
     /// Its environment, whole. It needs none.
     pub env: Vec<(String, String)>,
+    /// Files and folders that it reads besides itself, `/usr` and `/lib`: what it was linked against elsewhere.
+    pub files: Vec<PathBuf>,
     /// How long it may take to answer a request, and to boot.
     pub patience: Duration,
 }
@@ -50,6 +67,7 @@ impl CloudHypervisorConfig {
         Self {
             program,
             env: Vec::new(),
+            files: Vec::new(),
             patience: Duration::from_secs(10),
         }
     }
@@ -91,8 +109,13 @@ impl CloudHypervisorDriver {
         }
     }
 
-    fn command(&self, plan: &LaunchPlan, args: Vec<std::ffi::OsString>) -> DetachedCommand {
-        process::command(&self.config.program, args, &self.config.env, plan)
+    fn command(&self, plan: &LaunchPlan, args: Vec<OsString>, taps: Vec<String>) -> DetachedCommand {
+        let program = Program {
+            path: &self.config.program,
+            env: &self.config.env,
+            files: &self.config.files,
+        };
+        process::command(program, args, plan, WAYS, taps)
     }
 }
 
@@ -112,14 +135,7 @@ impl Driver for CloudHypervisorDriver {
             .facts()
             .await
             .map_err(|source| LaunchError::Probe { source })?;
-        let args = command_line(plan, facts)?
-            .encode()
-            .map_err(|error| LaunchError::Plan {
-                source: PlanError::Path {
-                    what: error.flag,
-                    path: error.value.into(),
-                },
-            })?;
+        let args = encoded(plan, facts)?;
         look_for_shares(plan)?;
         let started = Instant::now();
         let prepare = |path: &Path| {
@@ -133,19 +149,35 @@ impl Driver for CloudHypervisorDriver {
 
         let mut launched = Launched::new(&plan.run_dir);
         launched.socket = Some(api.socket.clone());
-        make_own_folder(plan).map_err(prepare(&own_folder(&plan.run_dir)))?;
-        let mut command = self.command(plan, args);
+        let own = make_own_folder(plan).map_err(prepare(&own_folder(&plan.run_dir)))?;
+        let (taps, names) = take_taps(plan)?;
+        let mut command = self.command(plan, args, names);
+        command.inherit = taps;
+        let saving = match &plan.origin {
+            Origin::Kernel => None,
+            Origin::KernelInto(memory) => Some(
+                file_for_memory(plan, &own)
+                    .map(|from| Saving {
+                        from: Arc::new(from),
+                        to: Arc::clone(memory),
+                    })
+                    .map_err(prepare(&own))?,
+            ),
+            Origin::Template(guest) => {
+                lay_out(plan, guest).map_err(prepare(&restore_folder(plan)))?;
+                None
+            }
+        };
+        let origin = match &saving {
+            Some(saving) => &Origin::KernelInto(Arc::clone(&saving.from)),
+            None => &plan.origin,
+        };
+        inherit(origin, &mut command).map_err(prepare(Path::new("/proc/self/fd")))?;
         command.stdout = Some(stdout);
         command.output = Some(words.writer().map_err(prepare(&plan.log))?);
         let listening = listen(&api.socket).map_err(prepare(&api.socket))?;
         for (fd, number) in [(listening, API_FD), (events_in, EVENTS_FD)] {
             command.inherit.push(InheritedFd { fd, number });
-        }
-        for (net, number) in plan.nets.iter().zip(FIRST_TAP_FD..) {
-            if let NetBackend::TapFd(tap) = &net.backend {
-                let fd = tap.take().ok_or(LaunchError::NoTap { mac: net.mac })?;
-                command.inherit.push(InheritedFd { fd, number });
-            }
         }
 
         let (process, pidfd) = spawn_detached(command).map_err(|source| LaunchError::Spawn { source })?;
@@ -181,6 +213,14 @@ impl Driver for CloudHypervisorDriver {
             let (ended, said) = take_back(plan, &pidfd, &[&words]).await;
             let log = plan.log.clone();
             return Err(match ended {
+                _ if matches!(plan.origin, Origin::Template(_)) => LaunchError::Restore {
+                    said,
+                    log,
+                    source: MachineError::Control {
+                        doing: "restore the VM",
+                        source,
+                    },
+                },
                 Some(exit) => LaunchError::Exited { exit, said, log },
                 None => LaunchError::Control {
                     said,
@@ -195,11 +235,20 @@ impl Driver for CloudHypervisorDriver {
         tracing::debug!(vm = %plan.vm, pid = state.process.pid, ?spawned, ready = ?started.elapsed(), "Cloud Hypervisor runs");
         launched.keep();
         let tended = Tended::new(state, pidfd, vec![words], Some(console));
-        Ok(Box::new(CloudHypervisorMachine::start(tended, api, Some(events))))
+        Ok(Box::new(CloudHypervisorMachine::start(
+            tended,
+            api,
+            Some(events),
+            saving,
+        )))
     }
 
-    async fn shape(&self, _: &LaunchPlan) -> Result<Option<String>, LaunchError> {
-        Ok(None)
+    async fn shape(&self, plan: &LaunchPlan) -> Result<Option<String>, LaunchError> {
+        let facts = self
+            .facts()
+            .await
+            .map_err(|source| LaunchError::Probe { source })?;
+        shape(plan, facts)
     }
 
     async fn reopen(&self, state: &MachineState) -> Result<Option<Box<dyn Machine>>, ReopenError> {
@@ -249,8 +298,26 @@ impl Driver for CloudHypervisorDriver {
             .map(|pipe| Events::follow(pipe, before));
         let words = words.into_iter().collect();
         let tended = Tended::new(state.clone(), pidfd, words, console);
-        Ok(Some(Box::new(CloudHypervisorMachine::start(tended, api, events))))
+        Ok(Some(Box::new(CloudHypervisorMachine::start(
+            tended, api, events, None,
+        ))))
     }
+}
+
+/// The open TAPs of a plan under the numbers that the command line names, and what they are called.
+fn take_taps(plan: &LaunchPlan) -> Result<(Vec<InheritedFd>, Vec<String>), LaunchError> {
+    let (mut taps, mut names) = (Vec::new(), Vec::new());
+    for (net, number) in plan.nets.iter().zip(FIRST_TAP_FD..) {
+        if let NetBackend::TapFd(slot) = &net.backend {
+            let fd = slot.take().ok_or(LaunchError::NoTap { mac: net.mac })?;
+            names.push(tap::name(&fd).map_err(|source| LaunchError::Prepare {
+                path: "/dev/net/tun".into(),
+                source,
+            })?);
+            taps.push(InheritedFd { fd, number });
+        }
+    }
+    Ok((taps, names))
 }
 
 /// Refuses a plan whose shares nobody serves: Cloud Hypervisor would try for a minute, and hear nothing meanwhile.
@@ -270,6 +337,45 @@ fn look_for_shares(plan: &LaunchPlan) -> Result<(), LaunchError> {
         })?;
     }
     Ok(())
+}
+
+/// The memory of a VM that is to be saved: a file of the VMM's with a name, which is what tells Cloud Hypervisor that it need
+/// not copy it. Beside it the folder for the rest.
+fn file_for_memory(plan: &LaunchPlan, own: &Path) -> io::Result<File> {
+    let give = |file: &File| match &plan.identity {
+        Some(VmmIdentity { uid, gid, .. }) => fchown(file, Some(*uid), Some(*gid)),
+        None => Ok(()),
+    };
+    let folder = own.join(SAVED);
+    std::fs::DirBuilder::new().mode(0o700).create(&folder)?;
+    give(&File::open(folder)?)?;
+    let memory = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(own.join("memory"))?;
+    memory.set_len(plan.memory.bytes())?;
+    give(&memory)?;
+    Ok(memory)
+}
+
+/// Writes what was saved, with the plan's own paths, to where Cloud Hypervisor reads it.
+fn lay_out(plan: &LaunchPlan, guest: &SavedGuest) -> io::Result<()> {
+    let folder = restore_folder(plan);
+    let length = usize::try_from(guest.state.metadata()?.len()).map_err(io::Error::other)?;
+    let mut saved = vec![0; length];
+    guest.state.read_exact_at(&mut saved, 0)?;
+    let (config, state) = unpacked(&saved)?;
+    let config = config_of(plan, config)?;
+    std::fs::DirBuilder::new().mode(0o755).create(&folder)?;
+    let files = [(CONFIG, &*serde_json::to_vec(&config)?), (STATE, state)];
+    for (name, text) in files {
+        std::fs::write(folder.join(name), text)?;
+        // The VMM reads it and is not its owner.
+        std::fs::set_permissions(folder.join(name), PermissionsExt::from_mode(0o644))?;
+    }
+    std::fs::set_permissions(folder, PermissionsExt::from_mode(0o755))
 }
 
 /// A listening socket in place of whatever an earlier run left there.

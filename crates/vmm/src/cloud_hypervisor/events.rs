@@ -14,7 +14,7 @@ const MAX_EVENT: usize = 64 << 10;
 /// What was seen so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Seen {
-    /// The guest's processors run, or did.
+    /// The guest's processors run, or did; or it was restored, and they stand ready.
     pub(super) booted: bool,
     /// The guest asked for a reset, which is being granted.
     pub(super) reset: bool,
@@ -31,7 +31,7 @@ struct Event {
 impl Seen {
     fn note(&mut self, event: &Event) {
         match (event.source.as_str(), event.event.as_str()) {
-            ("vm", "booted") => self.booted = true,
+            ("vm", "booted" | "restored") => self.booted = true,
             ("vm", "rebooting") => self.reset = true,
             ("vm", "shutdown") => self.off = true,
             _ => {}

@@ -6,6 +6,9 @@
 //!    └───── quit(), kill(), crash ───────────────────────────────────────┘
 //! ```
 
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -18,13 +21,15 @@ use tokio_util::task::AbortOnDropHandle;
 
 use super::args::disk_id;
 use super::events::{Events, Seen};
-use super::requests::ResizeDisk;
+use super::requests::{ResizeDisk, Snapshot};
+use super::saved::{CONFIG, MEMORY_COPY, STATE, packed};
 use crate::grow::size_now;
 use crate::http::Api;
 use crate::machine::{
     ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
 };
-use crate::tended::Tended;
+use crate::saved::{SAVE_PATIENCE, copy_memory, keep, on_disk, open_below};
+use crate::tended::{Tended, own_folder};
 
 /// How long it may take to leave after `vmm.shutdown`: it flushes disks.
 const QUIT_PATIENCE: Duration = Duration::from_secs(10);
@@ -34,15 +39,34 @@ const LAST_EVENTS: Duration = Duration::from_millis(200);
 pub(crate) struct CloudHypervisorMachine {
     tended: Arc<Tended>,
     api: Api,
+    saving: Option<Saving>,
     _watcher: AbortOnDropHandle<()>,
 }
 
+/// What a VM has that is to be saved.
+#[derive(Clone)]
+pub(crate) struct Saving {
+    /// Its memory, a file with a name.
+    pub(crate) from: Arc<File>,
+    /// Where that goes.
+    pub(crate) to: Arc<File>,
+}
+
+/// The folder in its own folder in which it writes what it saves.
+pub(super) const SAVED: &str = "saved";
+
 impl CloudHypervisorMachine {
-    pub(crate) fn start(tended: Arc<Tended>, api: Api, events: Option<Events>) -> Self {
+    pub(crate) fn start(
+        tended: Arc<Tended>,
+        api: Api,
+        events: Option<Events>,
+        saving: Option<Saving>,
+    ) -> Self {
         let watcher = tokio::spawn(watch_until_gone(Arc::clone(&tended), events));
         Self {
             tended,
             api,
+            saving,
             _watcher: AbortOnDropHandle::new(watcher),
         }
     }
@@ -187,8 +211,43 @@ impl Machine for CloudHypervisorMachine {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        None
+        self.saving.is_some().then_some(self)
     }
+}
+
+/// It writes two files into a folder of its own. Its memory is not among them: that is in a file already, of which we make a
+/// copy.
+#[async_trait]
+impl Snapshots for CloudHypervisorMachine {
+    async fn save(&self, state: &Path, limit: ByteSize) -> Result<(), MachineError> {
+        let doing = "save the VM";
+        let Some(saving) = self.saving.clone() else {
+            return Err(MachineError::Migration { doing });
+        };
+        let own = own_folder(&self.tended.state.run_dir);
+        let destination = Snapshot {
+            destination_url: format!("file://{}", own.join(SAVED).display()),
+        };
+        let api = Api {
+            patience: SAVE_PATIENCE,
+            ..self.api.clone()
+        };
+        let answer = api.put("/vm.snapshot", &destination).await;
+        self.told(doing, answer).await?;
+        let to = state.to_owned();
+        on_disk(state, move || keep_saved(&own, &saving, &to, limit)).await
+    }
+}
+
+fn keep_saved(own: &Path, saving: &Saving, state: &Path, limit: ByteSize) -> io::Result<()> {
+    let saved = |name: &str| PathBuf::from(SAVED).join(name).display().to_string();
+    // Whoever went on from that would copy all of it.
+    if own.join(saved(MEMORY_COPY)).symlink_metadata().is_ok() {
+        return Err(io::Error::other("it made a copy of the guest's memory"));
+    }
+    let (config, devices) = (open_below(own, &saved(CONFIG))?, open_below(own, &saved(STATE))?);
+    keep(packed(config, devices), state, limit)?;
+    copy_memory(&saving.from, &saving.to)
 }
 
 fn status_of(state: &str) -> Option<MachineStatus> {

@@ -7,6 +7,8 @@
 //!  console         a pipe of ours         ─ fd 1 ──► the guest's console
 //!  vmm.log         memory of ours         ─ fd 2 ──► its own words
 //!  own/agent.sock  made by it             ◄───────── vsock as a Unix socket
+//!  memory          a saved guest's        ─ fd 14 ─► mapped privately (crate::saved)
+//!  own/restore/    what else was saved    ◄───────── read when it starts
 //! ```
 //!
 //! A flag that stands twice is an error or hides the first, so all devices of a kind follow ONE flag: a shared root and
@@ -22,9 +24,11 @@ mod machine;
 mod options;
 mod probe;
 mod requests;
+mod saved;
 
 pub use args::{API_FD, EVENTS_FD, FIRST_TAP_FD, command_line};
 pub use driver::{CloudHypervisorConfig, CloudHypervisorDriver};
 pub use options::{CommandLine, Options, OptionsError};
 pub use probe::CloudHypervisorFacts;
-pub use requests::ResizeDisk;
+pub use requests::{ResizeDisk, Snapshot};
+pub use saved::{CONFIG, MEMORY_COPY, STATE};

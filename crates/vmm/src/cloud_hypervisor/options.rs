@@ -31,6 +31,8 @@ enum Value {
     None,
     Text(OsString),
     Numbers(Vec<i32>),
+    /// Ids, each with a number.
+    Numbered(Vec<(String, i32)>),
 }
 
 /// Why a value cannot be given to Cloud Hypervisor.
@@ -71,6 +73,13 @@ impl Options {
         self
     }
 
+    /// Adds `key=[id@[number],…]`; ids are of letters and digits.
+    #[must_use]
+    pub fn with_numbered(mut self, key: &'static str, numbered: Vec<(String, i32)>) -> Self {
+        self.pairs.push((key, Value::Numbered(numbered)));
+        self
+    }
+
     /// Adds a key that takes no value.
     #[must_use]
     pub fn with_word(mut self, key: &'static str) -> Self {
@@ -104,6 +113,10 @@ impl Options {
                 Value::Numbers(numbers) => {
                     let numbers: Vec<_> = numbers.iter().map(i32::to_string).collect();
                     out.extend(["=[", &numbers.join(","), "]"]);
+                }
+                Value::Numbered(numbered) => {
+                    let pairs = numbered.iter().map(|(id, number)| format!("{id}@[{number}]"));
+                    out.extend(["=[", &pairs.collect::<Vec<_>>().join(","), "]"]);
                 }
             }
         }

@@ -50,6 +50,7 @@ impl CloudHypervisorFacts {
                 VmmFeature::Virtiofs,
                 VmmFeature::HybridVsock,
                 VmmFeature::ResizeDisk,
+                VmmFeature::Snapshots,
             ]),
         }
     }

@@ -13,3 +13,10 @@ pub struct ResizeDisk {
     /// Its new size, bytes.
     pub desired_size: u64,
 }
+
+/// `PUT /vm.snapshot`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Snapshot {
+    /// `file://` and a folder, which must be there.
+    pub destination_url: String,
+}

@@ -1,10 +1,13 @@
 //! Starting Firecracker and finding it again.
 //!
 //! ```text
-//! validate ─► requests ─► own folder ─► spawn ─► machine.json ─► its socket ─► requests, one by one ─► start ─► Machine
-//!    pure       pure         └──────────── a guard undoes these when a later step fails ────────────┘
+//! validate ─► requests ─► own folder ─► spawn ─► machine.json ─► its socket ─┬─► requests, one by one ─► start ─┬─► Machine
+//!    pure       pure                                                          └─► the saved VM is loaded ────────┘
+//!                             └──────────── a guard undoes these when a later step fails ────────────┘
 //! ```
 
+use std::io;
+use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,16 +16,17 @@ use offshoot_sys::process::{DetachedCommand, Exit, InheritedFd, PidFd, spawn_det
 use offshoot_sys::tap;
 use tokio::sync::OnceCell;
 
-use super::machine::FirecrackerMachine;
+use super::machine::{FirecrackerMachine, Traits};
 use super::probe::FirecrackerFacts;
-use super::requests::{Action, ActionType, Request, requests};
+use super::requests::{AGENT_SOCKET, Action, ActionType, Request, links, request, requests, restore, shape};
 use crate::ask::ask;
 use crate::console::{Console, pipe_of_process, pipe_that_lasts};
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::http::Api;
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
-use crate::plan::{AgentChannel, LaunchPlan, NetBackend};
-use crate::process;
+use crate::plan::{AgentChannel, LaunchPlan, NetBackend, Origin};
+use crate::process::{self, Program, Taps, Ways};
+use crate::saved::inherit;
 use crate::tended::{Launched, Tended, make_own_folder, own_folder, remove_files, take_back};
 use crate::words::Words;
 
@@ -33,6 +37,11 @@ const LOG_FD: i32 = 13;
 /// Between two looks for its socket: it takes some milliseconds to make it, and says so to nobody.
 const LOOK: Duration = Duration::from_millis(1);
 
+const WAYS: Ways = Ways {
+    taps: Taps::Named,
+    io_uring: false,
+};
+
 /// Which Firecracker, and how it is run.
 #[derive(Clone, Debug)]
 pub struct FirecrackerConfig {
@@ -40,6 +49,8 @@ pub struct FirecrackerConfig {
     pub program: PathBuf,
     /// Its environment, whole. It needs none.
     pub env: Vec<(String, String)>,
+    /// Files and folders that it reads besides itself, `/usr` and `/lib`: what it was linked against elsewhere.
+    pub files: Vec<PathBuf>,
     /// How long it may take to answer a request.
     pub patience: Duration,
 }
@@ -50,6 +61,7 @@ impl FirecrackerConfig {
         Self {
             program,
             env: Vec::new(),
+            files: Vec::new(),
             patience: Duration::from_secs(10),
         }
     }
@@ -108,9 +120,8 @@ impl Driver for FirecrackerDriver {
             .await
             .map_err(|source| LaunchError::Probe { source })?;
         let own = own_folder(&plan.run_dir);
-        let agent = own.join("agent.sock");
         // What it cannot do is refused before anything is made.
-        requests(plan, facts, agent.clone(), &vec![String::new(); plan.nets.len()])?;
+        requests(plan, facts, &vec![String::new(); plan.nets.len()])?;
         let started = Instant::now();
         let prepare = |path: &Path| {
             let path = path.to_owned();
@@ -121,7 +132,9 @@ impl Driver for FirecrackerDriver {
         let (stdout, console) = pipe_that_lasts().map_err(prepare(&plan.console))?;
 
         let mut launched = Launched::new(&plan.run_dir);
-        make_own_folder(plan).map_err(prepare(&own))?;
+        make_own_folder(plan)
+            .and_then(|folder| make_links(plan, &folder))
+            .map_err(prepare(&own))?;
         let mut command = self.command(plan, &own);
         command.stdout = Some(stdout);
         command.output = Some(words.writer().map_err(prepare(&plan.log))?);
@@ -129,8 +142,16 @@ impl Driver for FirecrackerDriver {
             fd: log.writer().map_err(prepare(&plan.log))?,
             number: LOG_FD,
         });
+        inherit(&plan.origin, &mut command).map_err(prepare(Path::new("/proc/self/fd")))?;
         let taps = taps(plan, &mut command)?;
-        let list = requests(plan, facts, agent.clone(), &taps)?;
+        let restored = matches!(plan.origin, Origin::Template(_));
+        let list = if restored {
+            vec![restore(&taps)]
+        } else {
+            let mut list = requests(plan, facts, &taps)?;
+            list.push(start());
+            list
+        };
 
         let (process, pidfd) = spawn_detached(command).map_err(|source| LaunchError::Spawn { source })?;
         launched.process = Some(pidfd.clone());
@@ -145,7 +166,10 @@ impl Driver for FirecrackerDriver {
             process,
             run_dir: plan.run_dir.clone(),
             control: api.socket.clone(),
-            agent: AgentEndpoint::HybridVsock { path: agent, port },
+            agent: AgentEndpoint::HybridVsock {
+                path: own.join(AGENT_SOCKET),
+                port,
+            },
             console: plan.console.clone(),
             log: plan.log.clone(),
             disks: plan
@@ -159,17 +183,30 @@ impl Driver for FirecrackerDriver {
         let console = Console::start(console, plan.console.clone());
         let spawned = started.elapsed();
         if let Err((doing, source)) = configure(&api, &pidfd, &list).await {
-            return Err(failure(plan, &[&words, &log], &pidfd, doing, source).await);
+            let words = [&words, &log];
+            return Err(if restored {
+                restore_failure(plan, &words, &pidfd, doing, source).await
+            } else {
+                failure(plan, &words, &pidfd, doing, source).await
+            });
         }
         release_taps(plan, &pidfd, &state);
         tracing::debug!(vm = %plan.vm, pid = state.process.pid, ?spawned, ready = ?started.elapsed(), "Firecracker runs");
         launched.keep();
         let tended = Tended::new(state, pidfd, vec![words, log], Some(console));
-        Ok(Box::new(FirecrackerMachine::start(tended, api)))
+        let traits = Traits {
+            saves: matches!(plan.origin, Origin::KernelInto(_)),
+            deaf_after_pause: facts.deaf_after_pause,
+        };
+        Ok(Box::new(FirecrackerMachine::start(tended, api, traits)))
     }
 
-    async fn shape(&self, _: &LaunchPlan) -> Result<Option<String>, LaunchError> {
-        Ok(None)
+    async fn shape(&self, plan: &LaunchPlan) -> Result<Option<String>, LaunchError> {
+        let facts = self
+            .facts()
+            .await
+            .map_err(|source| LaunchError::Probe { source })?;
+        shape(plan, facts).map(Some)
     }
 
     async fn reopen(&self, state: &MachineState) -> Result<Option<Box<dyn Machine>>, ReopenError> {
@@ -211,7 +248,12 @@ impl Driver for FirecrackerDriver {
             .ok()
             .map(|pipe| Console::start(pipe, state.console.clone()));
         let tended = Tended::new(state.clone(), pidfd, words.collect(), console);
-        Ok(Some(Box::new(FirecrackerMachine::start(tended, api))))
+        let traits = Traits {
+            // Whoever wanted to save it is gone.
+            saves: false,
+            deaf_after_pause: self.facts().await.is_ok_and(|facts| facts.deaf_after_pause),
+        };
+        Ok(Some(Box::new(FirecrackerMachine::start(tended, api, traits))))
     }
 }
 
@@ -230,7 +272,12 @@ impl FirecrackerDriver {
             &log,
         ];
         let args = words.map(Into::into).to_vec();
-        let mut command = process::command(&self.config.program, args, &self.config.env, plan);
+        let program = Program {
+            path: &self.config.program,
+            env: &self.config.env,
+            files: &self.config.files,
+        };
+        let mut command = process::command(program, args, plan, WAYS, Vec::new());
         own.clone_into(&mut command.cwd);
         command
     }
@@ -271,7 +318,22 @@ fn release_taps(plan: &LaunchPlan, process: &PidFd, state: &MachineState) {
     }
 }
 
-/// Makes a fresh Firecracker this VM and starts it; else what could not be done.
+/// Makes the links by which it knows the plan's files.
+fn make_links(plan: &LaunchPlan, own: &Path) -> io::Result<()> {
+    links(plan)
+        .iter()
+        .try_for_each(|(link, path)| symlink(path, own.join(link)))
+}
+
+/// The last request of a boot.
+fn start() -> Request {
+    let action = Action {
+        action_type: ActionType::InstanceStart,
+    };
+    request("start the guest", "/actions".into(), &action)
+}
+
+/// Makes a fresh Firecracker this VM; else what could not be done.
 async fn configure(api: &Api, process: &PidFd, list: &[Request]) -> Result<(), (&'static str, ControlError)> {
     let all = async {
         wait_for_socket(api)
@@ -281,11 +343,7 @@ async fn configure(api: &Api, process: &PidFd, list: &[Request]) -> Result<(), (
             let told = api.put(&request.path, &request.body).await;
             told.map_err(|source| (request.doing, source))?;
         }
-        let start = Action {
-            action_type: ActionType::InstanceStart,
-        };
-        let started = api.put("/actions", &start).await;
-        started.map(drop).map_err(|source| ("start the guest", source))
+        Ok(())
     };
     tokio::select! {
         biased;
@@ -333,6 +391,22 @@ async fn failure(
             log,
             source: MachineError::Control { doing, source },
         },
+    }
+}
+
+/// Why it did not take a saved guest, in its own words. Ends it first.
+async fn restore_failure(
+    plan: &LaunchPlan,
+    words: &[&Words],
+    process: &PidFd,
+    doing: &'static str,
+    source: ControlError,
+) -> LaunchError {
+    let (_, said) = take_back(plan, process, words).await;
+    LaunchError::Restore {
+        said,
+        log: plan.log.clone(),
+        source: MachineError::Control { doing, source },
     }
 }
 

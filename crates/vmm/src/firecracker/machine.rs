@@ -1,5 +1,6 @@
 //! One Firecracker with its VM. A task per machine waits for its end, saves the guest's last words, and tidies up.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use async_trait::async_trait;
@@ -10,26 +11,40 @@ use tokio::sync::watch;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::driver::ended_by_itself;
-use super::requests::{Action, ActionType, DrivePath, VmState, drive_id};
+use super::requests::{
+    Action, ActionType, DrivePath, STATE_FILE, SnapshotCreate, VmState, drive_id, drive_link,
+};
 use crate::grow::grow;
 use crate::http::Api;
 use crate::machine::{
     ControlError, ExitCause, Machine, MachineError, MachineState, MachineStatus, Snapshots, VmmExit,
 };
-use crate::tended::Tended;
+use crate::saved::{SAVE_PATIENCE, keep, on_disk, open_below};
+use crate::tended::{Tended, own_folder};
 
 pub(crate) struct FirecrackerMachine {
     tended: Arc<Tended>,
     api: Api,
+    traits: Traits,
     _watcher: AbortOnDropHandle<()>,
 }
 
+/// What is special about one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Traits {
+    /// It was launched with a file for its memory.
+    pub(crate) saves: bool,
+    /// [`super::FirecrackerFacts::deaf_after_pause`].
+    pub(crate) deaf_after_pause: bool,
+}
+
 impl FirecrackerMachine {
-    pub(crate) fn start(tended: Arc<Tended>, api: Api) -> Self {
+    pub(crate) fn start(tended: Arc<Tended>, api: Api, traits: Traits) -> Self {
         let watcher = tokio::spawn(watch_until_gone(Arc::clone(&tended)));
         Self {
             tended,
             api,
+            traits,
             _watcher: AbortOnDropHandle::new(watcher),
         }
     }
@@ -110,7 +125,17 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn pause(&self) -> Result<(), MachineError> {
-        self.set_state("pause the VM", "Paused").await
+        let doing = "pause the VM";
+        self.set_state(doing, "Paused").await?;
+        if self.traits.deaf_after_pause && !self.traits.saves {
+            // Else its guest would never be heard of again. This way it sees its connections reset, and others come.
+            let reset = SnapshotCreate::for_its_reset_alone();
+            match self.api.put("/snapshot/create", &reset).await {
+                Ok(_) | Err(ControlError::Refused { .. }) => {}
+                Err(source) => return Err(self.tended.control(doing, source).await),
+            }
+        }
+        Ok(())
     }
 
     async fn resume(&self) -> Result<(), MachineError> {
@@ -147,10 +172,10 @@ impl Machine for FirecrackerMachine {
     }
 
     async fn resize_disk(&self, serial: &str, size: ByteSize) -> Result<(), MachineError> {
-        let path = grow(&self.tended.state, serial, size).await?;
+        grow(&self.tended.state, serial, size).await?;
         let drive = DrivePath {
             drive_id: drive_id(serial),
-            path_on_host: path,
+            path_on_host: drive_link(serial),
         };
         let answer = self
             .api
@@ -164,7 +189,22 @@ impl Machine for FirecrackerMachine {
     }
 
     fn snapshots(&self) -> Option<&dyn Snapshots> {
-        None
+        self.traits.saves.then_some(self)
+    }
+}
+
+/// It writes the memory into the file that it was launched with, and the devices into its own folder.
+#[async_trait]
+impl Snapshots for FirecrackerMachine {
+    async fn save(&self, state: &Path, limit: ByteSize) -> Result<(), MachineError> {
+        let api = Api {
+            patience: SAVE_PATIENCE,
+            ..self.api.clone()
+        };
+        let answer = api.put("/snapshot/create", &SnapshotCreate::here()).await;
+        self.told("save the VM", answer).await?;
+        let (own, to) = (own_folder(&self.tended.state.run_dir), state.to_owned());
+        on_disk(state, move || keep(open_below(&own, STATE_FILE)?, &to, limit)).await
     }
 }
 

@@ -6,11 +6,15 @@ use std::path::Path;
 use crate::ask::{not_understood, version_numbers};
 use crate::driver::{ProbeError, VmmFacts, VmmFeature};
 
-/// The oldest whose API knows everything that every VM needs.
+/// The oldest whose API knows everything that every VM needs, and lets a saved one go on with another TAP.
 const LEAST: (u32, u32) = (1, 12);
 const LEAST_TEXT: &str = "1.12";
 /// The first with virtio-pmem and with free page reporting in its balloon.
 const PMEM: (u32, u32) = (1, 14);
+
+/// From the first on that keeps everything from a guest's vsock after a pause until the guest has taken note of a reset, to the
+/// last that does so also where there was none to take note of (its issue 6074, mended by its change 6100).
+const DEAF: ((u32, u32), u32) = ((1, 16), 1);
 
 /// What a Firecracker can do, as far as requests depend on it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +25,8 @@ pub struct FirecrackerFacts {
     pub pmem: bool,
     /// Guests can give pages back.
     pub page_reporting: bool,
+    /// Its guest hears nothing over vsock after a pause in which it was not saved.
+    pub deaf_after_pause: bool,
 }
 
 impl FirecrackerFacts {
@@ -41,15 +47,21 @@ impl FirecrackerFacts {
             });
         }
         Ok(Self {
-            version,
             pmem: numbers >= PMEM,
             page_reporting: numbers >= PMEM,
+            deaf_after_pause: numbers == DEAF.0 && third_number(&version) <= DEAF.1,
+            version,
         })
     }
 
     /// The same in the words that all VMMs share.
     pub fn to_vmm_facts(&self, program: &Path) -> VmmFacts {
-        let mut features = BTreeSet::from([VmmFeature::Kvm, VmmFeature::HybridVsock, VmmFeature::ResizeDisk]);
+        let mut features = BTreeSet::from([
+            VmmFeature::Kvm,
+            VmmFeature::HybridVsock,
+            VmmFeature::ResizeDisk,
+            VmmFeature::Snapshots,
+        ]);
         if self.pmem {
             features.insert(VmmFeature::Pmem);
         }
@@ -62,6 +74,13 @@ impl FirecrackerFacts {
     }
 }
 
+/// The `1` of `1.16.1`; 0 where it says none.
+fn third_number(version: &str) -> u32 {
+    let third = version.split('.').nth(2).unwrap_or_default();
+    let end = third.find(|c: char| !c.is_ascii_digit()).unwrap_or(third.len());
+    third[..end].parse().unwrap_or_default()
+}
+
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
@@ -71,6 +90,7 @@ pub(super) mod tests {
             version: "1.16.1".into(),
             pmem: true,
             page_reporting: true,
+            deaf_after_pause: true,
         }
     }
 
@@ -80,7 +100,16 @@ pub(super) mod tests {
         let said = "Firecracker v1.16.1\n\n2026-11-21T20:57:00 [anonymous-instance:main] Firecracker exiting successfully.";
         assert_eq!(read(said).unwrap(), newest());
         let old = read("Firecracker v1.13.2\n").unwrap();
-        assert!(!old.pmem && !old.page_reporting);
+        assert!(!old.pmem && !old.page_reporting && !old.deaf_after_pause);
+        for (version, deaf) in [
+            ("1.15.1", false),
+            ("1.16.0", true),
+            ("1.16.2", false),
+            ("1.17.0-dev", false),
+        ] {
+            let facts = read(&format!("Firecracker v{version}\n")).unwrap();
+            assert_eq!(facts.deaf_after_pause, deaf, "{version}");
+        }
         assert!(matches!(
             read("Firecracker v1.11.0\n"),
             Err(ProbeError::TooOld { .. })

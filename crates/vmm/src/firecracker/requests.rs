@@ -10,6 +10,7 @@ use serde::Serialize;
 use super::probe::FirecrackerFacts;
 use crate::driver::LaunchError;
 use crate::plan::{Accel, AgentChannel, ConsoleDevice, LaunchPlan};
+use crate::saved::{MEMORY_FD, STATE_FD, inherited_path};
 
 /// The kernel parameter by which the agent knows that the machine can be reset and not switched off.
 pub const OFF_BY_RESET: &str = "offshoot.off=reset";
@@ -25,6 +26,11 @@ const PARAMETERS: [&str; 6] = [
     "i8042.dumbkbd",
     OFF_BY_RESET,
 ];
+/// The agent's socket in the VMM's own folder, which is where it runs. It is saved with the VM: as it is relative, each VM that
+/// goes on from there makes its own.
+pub const AGENT_SOCKET: &str = "agent.sock";
+/// Where it writes what it saves of the devices, in its own folder.
+pub const STATE_FILE: &str = "state";
 /// Its API's own limit.
 const MAX_CPUS: u32 = 32;
 
@@ -148,6 +154,67 @@ pub enum ActionType {
     SendCtrlAltDel,
 }
 
+/// `PUT /snapshot/create`.
+#[derive(Clone, Debug, Serialize)]
+pub struct SnapshotCreate {
+    /// All of the memory.
+    pub snapshot_type: &'static str,
+    /// Where the devices go.
+    pub snapshot_path: PathBuf,
+    /// Where the memory goes.
+    pub mem_file_path: PathBuf,
+}
+
+impl SnapshotCreate {
+    /// Into the memory that it was launched with, and its own folder.
+    pub fn here() -> Self {
+        Self {
+            snapshot_type: "Full",
+            snapshot_path: STATE_FILE.into(),
+            mem_file_path: inherited_path(MEMORY_FD),
+        }
+    }
+
+    /// Into nothing: it resets the guest's vsock, writes the devices, and is refused, as a folder cannot hold the memory.
+    pub fn for_its_reset_alone() -> Self {
+        Self {
+            mem_file_path: ".".into(),
+            ..Self::here()
+        }
+    }
+}
+
+/// `PUT /snapshot/load`. Disks and the agent's socket need no word: their paths are relative to its own folder.
+#[derive(Clone, Debug, Serialize)]
+pub struct SnapshotLoad {
+    /// What was saved of the devices.
+    pub snapshot_path: PathBuf,
+    /// The memory.
+    pub mem_backend: MemoryBackend,
+    /// The TAPs of this VM.
+    pub network_overrides: Vec<NetworkOverride>,
+    /// Whether the guest goes on at once.
+    pub resume_vm: bool,
+}
+
+/// Where a guest's memory comes from.
+#[derive(Clone, Debug, Serialize)]
+pub struct MemoryBackend {
+    /// `File`, which is mapped privately: nothing is copied before the guest touches it.
+    pub backend_type: &'static str,
+    /// The file.
+    pub backend_path: PathBuf,
+}
+
+/// The TAP of one network device that was saved with another.
+#[derive(Clone, Debug, Serialize)]
+pub struct NetworkOverride {
+    /// Its name in the API.
+    pub iface_id: String,
+    /// The TAP.
+    pub host_dev_name: String,
+}
+
 /// `PATCH /vm`.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct VmState {
@@ -156,11 +223,11 @@ pub struct VmState {
 }
 
 /// Every request that makes a Firecracker the VM of a valid plan, in order, but for the start; or what it cannot do of it.
-/// `taps` are the names of the plan's network devices.
+/// `taps` are the names of the plan's network devices. Files that are saved with a VM by their paths are named by links in
+/// the VMM's own folder ([`links`]).
 pub fn requests(
     plan: &LaunchPlan,
     facts: &FirecrackerFacts,
-    agent_socket: PathBuf,
     taps: &[String],
 ) -> Result<Vec<Request>, LaunchError> {
     refuse_the_impossible(plan, facts)?;
@@ -185,7 +252,7 @@ pub fn requests(
     for disk in &plan.disks {
         let drive = Drive {
             drive_id: drive_id(&disk.serial),
-            path_on_host: disk.path.clone(),
+            path_on_host: drive_link(&disk.serial),
             is_root_device: false,
             is_read_only: disk.read_only,
             cache_type: "Writeback",
@@ -198,8 +265,8 @@ pub fn requests(
     }
     for (n, pmem) in plan.pmems.iter().enumerate() {
         let pmem = Pmem {
-            id: format!("pmem{n}"),
-            path_on_host: pmem.path.clone(),
+            id: pmem_id(n),
+            path_on_host: pmem_id(n).into(),
             root_device: false,
             read_only: pmem.read_only,
         };
@@ -211,7 +278,7 @@ pub fn requests(
     }
     for (n, (net, tap)) in plan.nets.iter().zip(taps).enumerate() {
         let interface = NetworkInterface {
-            iface_id: format!("net{n}"),
+            iface_id: net_id(n),
             host_dev_name: tap.clone(),
             guest_mac: net.mac.to_string(),
         };
@@ -221,7 +288,7 @@ pub fn requests(
     if let AgentChannel::HybridVsock { cid, port: _ } = plan.agent {
         let vsock = Vsock {
             guest_cid: cid,
-            uds_path: agent_socket,
+            uds_path: AGENT_SOCKET.into(),
         };
         list.push(request("offer vsock", "/vsock".into(), &vsock));
     }
@@ -237,7 +304,44 @@ pub fn requests(
     Ok(list)
 }
 
-fn request(doing: &'static str, path: String, body: &impl Serialize) -> Request {
+/// The request that makes a fresh Firecracker go on as the saved VM that its descriptors hold; it then stands.
+pub fn restore(taps: &[String]) -> Request {
+    let overrides = taps.iter().enumerate().map(|(n, tap)| NetworkOverride {
+        iface_id: net_id(n),
+        host_dev_name: tap.clone(),
+    });
+    let load = SnapshotLoad {
+        snapshot_path: inherited_path(STATE_FD),
+        mem_backend: MemoryBackend {
+            backend_type: "File",
+            backend_path: inherited_path(MEMORY_FD),
+        },
+        network_overrides: overrides.collect(),
+        resume_vm: false,
+    };
+    request("restore the VM", "/snapshot/load".into(), &load)
+}
+
+/// The links in the VMM's own folder, by which it knows the files of a plan.
+pub fn links(plan: &LaunchPlan) -> Vec<(PathBuf, PathBuf)> {
+    let disks = plan.disks.iter();
+    let disks = disks.map(|disk| (drive_link(&disk.serial), disk.path.clone()));
+    let pmems = plan.pmems.iter().enumerate();
+    let pmems = pmems.map(|(n, pmem)| (pmem_id(n).into(), pmem.path.clone()));
+    disks.chain(pmems).collect()
+}
+
+/// What two VMs must have in common so that one can go on from where the other was saved.
+pub(super) fn shape(plan: &LaunchPlan, facts: &FirecrackerFacts) -> Result<String, LaunchError> {
+    let same = plan.without_its_own();
+    let list = requests(&same, facts, &vec![String::new(); same.nets.len()])?;
+    let lines = list
+        .iter()
+        .map(|request| format!("{} {}", request.path, request.body));
+    Ok(lines.collect::<Vec<_>>().join("\n"))
+}
+
+pub(super) fn request(doing: &'static str, path: String, body: &impl Serialize) -> Request {
     Request {
         doing,
         path,
@@ -249,6 +353,19 @@ fn request(doing: &'static str, path: String, body: &impl Serialize) -> Request 
 /// The name of a disk in the API, which takes letters, digits and underscores.
 pub(super) fn drive_id(serial: &str) -> String {
     serial.replace('-', "_")
+}
+
+/// The link to a disk.
+pub(super) fn drive_link(serial: &str) -> PathBuf {
+    format!("disk-{}", drive_id(serial)).into()
+}
+
+fn pmem_id(n: usize) -> String {
+    format!("pmem{n}")
+}
+
+fn net_id(n: usize) -> String {
+    format!("net{n}")
 }
 
 fn boot_args(plan: &LaunchPlan) -> String {
@@ -328,7 +445,7 @@ mod tests {
 
     fn list(plan: &LaunchPlan) -> Vec<(String, serde_json::Value)> {
         let taps: Vec<_> = (0..plan.nets.len()).map(|n| format!("tap{n}")).collect();
-        let requests = requests(plan, &newest(), "/run/x/own/agent.sock".into(), &taps).unwrap();
+        let requests = requests(plan, &newest(), &taps).unwrap();
         requests
             .into_iter()
             .map(|request| (request.path, request.body))
@@ -356,21 +473,18 @@ mod tests {
             ),
             (
                 "/drives/root",
-                json!({"drive_id": "root", "path_on_host": "/b/root.erofs", "is_root_device": false,
+                json!({"drive_id": "root", "path_on_host": "disk-root", "is_root_device": false,
                     "is_read_only": true, "cache_type": "Writeback"}),
             ),
             (
                 "/pmem/pmem0",
-                json!({"id": "pmem0", "path_on_host": "/b/root.erofs", "root_device": false, "read_only": true}),
+                json!({"id": "pmem0", "path_on_host": "pmem0", "root_device": false, "read_only": true}),
             ),
             (
                 "/network-interfaces/net0",
                 json!({"iface_id": "net0", "host_dev_name": "tap0", "guest_mac": "02:00:00:00:00:01"}),
             ),
-            (
-                "/vsock",
-                json!({"guest_cid": 3, "uds_path": "/run/x/own/agent.sock"}),
-            ),
+            ("/vsock", json!({"guest_cid": 3, "uds_path": "agent.sock"})),
             ("/entropy", json!({})),
             (
                 "/balloon",
@@ -411,12 +525,71 @@ mod tests {
     }
 
     #[test]
+    fn a_saved_vm_goes_on_with_its_own_taps_and_relative_files() {
+        let request = restore(&["a".into(), "b".into()]);
+        let expected = json!({
+            "snapshot_path": "/proc/self/fd/15",
+            "mem_backend": {"backend_type": "File", "backend_path": "/proc/self/fd/14"},
+            "network_overrides": [
+                {"iface_id": "net0", "host_dev_name": "a"}, {"iface_id": "net1", "host_dev_name": "b"},
+            ],
+            "resume_vm": false,
+        });
+        assert_eq!(
+            (request.path.as_str(), request.body),
+            ("/snapshot/load", expected)
+        );
+        let mut plan = possible();
+        plan.pmems.push(PmemPlan {
+            path: "/b/root".into(),
+            size: ByteSize::from_mib(2),
+            read_only: true,
+        });
+        let links = links(&plan);
+        let expected = [("disk-root", "/b/root.erofs"), ("pmem0", "/b/root")];
+        assert_eq!(links, expected.map(|(link, path)| (link.into(), path.into())));
+        assert!(list(&plan).iter().all(|(_, body)| {
+            let path = body.get("path_on_host").and_then(|path| path.as_str());
+            path.is_none_or(|path| links.iter().any(|(link, _)| link.as_os_str() == path))
+        }));
+    }
+
+    #[test]
+    fn what_is_a_vms_own_makes_no_difference_to_its_shape() {
+        let shape = |change: &dyn Fn(&mut LaunchPlan)| {
+            let mut plan = possible();
+            plan.nets.push(NetPlan {
+                backend: NetBackend::Tap("t".into()),
+                mac: Mac([2, 0, 0, 0, 0, 1]),
+            });
+            change(&mut plan);
+            shape(&plan, &newest()).unwrap()
+        };
+        let same = shape(&|_| {});
+        let own: [&dyn Fn(&mut LaunchPlan); 4] = [
+            &|plan| plan.run_dir = "/other".into(),
+            &|plan| plan.disks[0].path = "/other".into(),
+            &|plan| plan.nets[0].mac = Mac([2, 0, 0, 0, 0, 8]),
+            &|plan| plan.kernel = "/other".into(),
+        ];
+        assert!(own.iter().all(|change| shape(change) == same));
+        let others: [&dyn Fn(&mut LaunchPlan); 5] = [
+            &|plan| plan.cpus += 1,
+            &|plan| plan.memory = ByteSize::from_mib(plan.memory.mib() + 1),
+            &|plan| plan.cmdline.push("more".into()),
+            &|plan| plan.nets.clear(),
+            &|plan| plan.disks[0].serial.push('x'),
+        ];
+        assert!(others.iter().all(|change| shape(change) != same));
+    }
+
+    #[test]
     fn what_it_lacks_is_refused() {
         let refuse = |change: &dyn Fn(&mut LaunchPlan, &mut FirecrackerFacts), expected: &str| {
             let (mut plan, mut facts) = (possible(), newest());
-            requests(&plan, &facts, "/s".into(), &[]).unwrap();
+            requests(&plan, &facts, &[]).unwrap();
             change(&mut plan, &mut facts);
-            let error = requests(&plan, &facts, "/s".into(), &[]).unwrap_err().to_string();
+            let error = requests(&plan, &facts, &[]).unwrap_err().to_string();
             assert!(
                 error.starts_with("Firecracker cannot") && error.contains(expected),
                 "{error}"

@@ -24,11 +24,17 @@ use super::shape::shape;
 use crate::driver::{Driver, LaunchError, ProbeError, ReopenError, VmmFacts};
 use crate::machine::{AgentEndpoint, ControlError, Machine, MachineError, MachineState};
 use crate::plan::{LaunchPlan, NetBackend, Origin, PlanError};
-use crate::process;
+use crate::process::{self, Program, Taps, Ways};
 use crate::words::Words;
 
 /// The name of this driver in stored states.
 pub(crate) const KIND: &str = "qemu";
+
+/// It does without io_uring, and is then spared the largest interface to the host's kernel that it would have.
+const WAYS: Ways = Ways {
+    taps: Taps::Open,
+    io_uring: false,
+};
 
 /// Which QEMU, and how it is run.
 #[derive(Clone, Debug)]
@@ -37,6 +43,8 @@ pub struct QemuConfig {
     pub program: PathBuf,
     /// Its environment, whole. QEMU needs none.
     pub env: Vec<(String, String)>,
+    /// Files and folders that it reads besides itself, `/usr` and `/lib`: what it was linked against elsewhere.
+    pub files: Vec<PathBuf>,
     /// How long it may take to answer a command.
     pub patience: Duration,
 }
@@ -48,6 +56,7 @@ impl Default for QemuConfig {
         Self {
             program: "/usr/bin/qemu-system-x86_64".into(),
             env: Vec::new(),
+            files: Vec::new(),
             patience: Duration::from_secs(10),
         }
     }
@@ -246,7 +255,12 @@ fn prepare(
         process: None,
         kept: false,
     };
-    let mut command = process::command(&config.program, args, &config.env, plan);
+    let program = Program {
+        path: &config.program,
+        env: &config.env,
+        files: &config.files,
+    };
+    let mut command = process::command(program, args, plan, WAYS, Vec::new());
     let output = words.writer().map_err(|source| LaunchError::Prepare {
         path: plan.log.clone(),
         source,

@@ -129,6 +129,14 @@ struct Message {
     data: Value,
 }
 
+impl Message {
+    /// Whether it is an answer to a command, or an event.
+    fn is_of_a_conversation(&self) -> bool {
+        let answers = self.returned.is_some() || self.error.is_some();
+        (self.id.is_some() && answers) || self.event.is_some()
+    }
+}
+
 #[derive(Debug, Deserialize)]
 struct Refusal {
     desc: String,
@@ -155,11 +163,17 @@ impl Qmp {
                 })?;
             let (reader, writer) = stream.into_split();
             let mut reader = BufReader::new(reader);
-            let first = read_message(&mut reader).await?;
-            if first.greeting.is_none() {
-                return Err(ControlError::Malformed {
-                    said: format!("{first:?}").chars().take(200).collect(),
-                });
+            loop {
+                let message = read_message(&mut reader).await?;
+                if message.greeting.is_some() {
+                    break;
+                }
+                // What a client before us was still owed when it left comes first.
+                if !message.is_of_a_conversation() {
+                    return Err(ControlError::Malformed {
+                        said: format!("{message:?}").chars().take(200).collect(),
+                    });
+                }
             }
             let qmp = Self::start(reader, writer, patience);
             qmp.execute("qmp_capabilities", Value::Null).await?;
@@ -442,6 +456,29 @@ mod tests {
             qmp.execute("d", Value::Null).await,
             Err(ControlError::Closed)
         ));
+    }
+
+    #[tokio::test]
+    async fn what_a_client_before_was_owed_comes_before_the_greeting() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("qmp");
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = tokio::spawn(async move {
+            for last in [GREETING, r#"{"hello": "you"}"#] {
+                let mut stream = BufReader::new(listener.accept().await.unwrap().0);
+                answer(&mut stream, r#"{"return": {"status": "paused"}, "id": 1}"#).await;
+                answer(&mut stream, r#"{"event": "STOP", "timestamp": {}}"#).await;
+                answer(&mut stream, last).await;
+                if last == GREETING {
+                    let id = next_id(&mut stream).await;
+                    answer(&mut stream, &format!(r#"{{"return": {{}}, "id": {id}}}"#)).await;
+                }
+            }
+        });
+        Qmp::connect(&path, PATIENCE).await.unwrap();
+        let refused = Qmp::connect(&path, PATIENCE).await.unwrap_err();
+        assert!(matches!(refused, ControlError::Malformed { .. }), "{refused}");
+        server.await.unwrap();
     }
 
     #[tokio::test]

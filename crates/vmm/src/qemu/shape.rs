@@ -1,13 +1,9 @@
 //! What two VMs must have in common so that one can go on from where the other was saved. Pure.
 
-use std::path::PathBuf;
-
-use offshoot_model::Mac;
-
 use super::args::command_line;
 use super::probe::QemuFacts;
 use crate::driver::LaunchError;
-use crate::plan::{LaunchPlan, NetBackend, NetPlan, Origin, TapSlot};
+use crate::plan::LaunchPlan;
 
 /// The command line without what differs from VM to VM; `None` when QEMU cannot save such a VM: what serves its shares has
 /// their memory in common with it.
@@ -15,30 +11,7 @@ pub(super) fn shape(plan: &LaunchPlan, facts: &QemuFacts) -> Result<Option<Strin
     if !plan.shares.is_empty() {
         return Ok(None);
     }
-    let place = |name: &str| PathBuf::from("/").join(name);
-    let mut same = LaunchPlan {
-        vm: offshoot_model::VmId::from_bytes(&[0; 6]),
-        run_dir: place("run"),
-        log: place("log"),
-        console: place("console"),
-        kernel: place("kernel"),
-        initramfs: plan.initramfs.as_ref().map(|_| place("initramfs")),
-        origin: Origin::Kernel,
-        identity: None,
-        cgroups: Vec::new(),
-        ..plan.clone()
-    };
-    for disk in &mut same.disks {
-        disk.path = place("disk");
-    }
-    for pmem in &mut same.pmems {
-        pmem.path = place("pmem");
-    }
-    let net = || NetPlan {
-        backend: NetBackend::TapFd(TapSlot::default()),
-        mac: Mac([2, 0, 0, 0, 0, 0]),
-    };
-    same.nets = same.nets.iter().map(|_| net()).collect();
+    let same = plan.without_its_own();
     // The rate that one guest was told is that of every guest here, but each daemon measures it a little differently.
     let facts = QemuFacts {
         tsc_khz: facts.tsc_khz.map(|_| 0),
@@ -60,12 +33,12 @@ pub(super) fn shape(plan: &LaunchPlan, facts: &QemuFacts) -> Result<Option<Strin
 mod tests {
     use std::sync::Arc;
 
-    use offshoot_model::ByteSize;
+    use offshoot_model::{ByteSize, Mac};
 
     use super::super::probe::tests::debian_12;
     use super::*;
     use crate::plan::tests::bare_plan;
-    use crate::plan::{DiskPlan, SharePlan};
+    use crate::plan::{DiskPlan, NetBackend, NetPlan, Origin, SharePlan};
 
     fn plan() -> LaunchPlan {
         let mut plan = bare_plan();
