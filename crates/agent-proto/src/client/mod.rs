@@ -47,6 +47,8 @@ const SHUTDOWN_SLACK: Duration = Duration::from_secs(30);
 /// How long an agent may take to begin to answer. An emulated guest on a busy host takes seconds at worst; one whose
 /// agent was stopped by its own guest takes for ever.
 const ANSWER: Duration = Duration::from_secs(30);
+/// How long an agent may take to greet over vsock before it is called again; more where it has been called for long.
+const GREETING: Duration = Duration::from_secs(10);
 
 /// Gives a call up whose answer does not begin in time.
 async fn in_time<T>(
@@ -141,13 +143,20 @@ impl AgentClient {
         port: u32,
         maker: Option<u32>,
     ) -> Result<Self, ConnectError> {
-        let stream = vsock::connect(path, port, maker)
-            .await
-            .map_err(|source| ConnectError::Socket {
-                path: path.to_owned(),
-                source,
-            })?;
-        Self::connect(stream).await
+        let began = Instant::now();
+        loop {
+            let stream = vsock::connect(path, port, maker)
+                .await
+                .map_err(|source| ConnectError::Socket {
+                    path: path.to_owned(),
+                    source,
+                })?;
+            // A guest whose vsock was reset meanwhile says nothing more, and nobody says that it is so.
+            let patience = GREETING.max(began.elapsed() / 4);
+            if let Ok(connected) = tokio::time::timeout(patience, Self::connect(stream)).await {
+                return connected;
+            }
+        }
     }
 
     /// Who is there.

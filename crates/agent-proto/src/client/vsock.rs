@@ -9,15 +9,18 @@
 
 use std::io;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::UnixStream;
 
-/// How often a guest that boots is asked, at first and later: what nobody listens for costs two exits of the guest.
+/// A guest that boots is asked again after a twentieth of the time that it took so far, within these. Saying no is work for
+/// it: one whose kernel is interpreted had little time left for anything else when it was asked every 50 ms.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
-const LAST_PAUSE: Duration = Duration::from_millis(50);
-/// A guest without a driver yet does not answer; the VMM forgets some of what it was asked meanwhile.
+const LAST_PAUSE: Duration = Duration::from_secs(1);
+const PART: u32 = 20;
+/// A guest without a driver yet does not answer; the VMM forgets some of what it was asked meanwhile. At least this, and a
+/// quarter of the time so far: a slow guest that answers one that was given up has the next one to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// `OK ` and a number of 32 bits.
 const MAX_LINE: usize = 16;
@@ -25,7 +28,7 @@ const MAX_LINE: usize = 16;
 /// Connects to `port`; waits for a guest that is still booting. `maker` is the process that must have made the socket: a
 /// VMM that was taken over could have put a link to another one there.
 pub(super) async fn connect(path: &Path, port: u32, maker: Option<u32>) -> io::Result<UnixStream> {
-    let mut pause = FIRST_PAUSE;
+    let began = Instant::now();
     loop {
         let mut stream = super::open(path).await?;
         if let Some(maker) = maker
@@ -33,11 +36,11 @@ pub(super) async fn connect(path: &Path, port: u32, maker: Option<u32>) -> io::R
         {
             return Err(io::Error::other("another process than the VMM listens there"));
         }
-        if let Ok(Ok(true)) = tokio::time::timeout(ANSWER, ask(&mut stream, port)).await {
+        let patience = ANSWER.max(began.elapsed() / 4);
+        if let Ok(Ok(true)) = tokio::time::timeout(patience, ask(&mut stream, port)).await {
             return Ok(stream);
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(LAST_PAUSE);
+        tokio::time::sleep((began.elapsed() / PART).clamp(FIRST_PAUSE, LAST_PAUSE)).await;
     }
 }
 
