@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,14 +12,14 @@ use std::time::{Duration, Instant};
 use offshoot_agent_proto::limits::PORT_NAME;
 use offshoot_agent_proto::link::GuestLink;
 use offshoot_agent_proto::serve::{serve, service};
-use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit};
 
-use crate::fd::{Fd, set_nonblocking};
+use crate::fd::Fd;
 use crate::guest::Guest;
 use crate::modules::{CONSOLE, VIRTIO_DEVICES, VSOCK, virtio_devices};
 use crate::pid1::Pid1;
+use crate::port::Port;
 use crate::service::Service;
 use crate::{log, power, shutdown, vsock};
 
@@ -105,7 +104,7 @@ fn port_named(ports: &Path, name: &str) -> Option<std::ffi::OsString> {
 }
 
 async fn serve_port(path: &Path, guest: &Arc<Guest>) -> io::Result<()> {
-    let mut port: OwnedFd = rustix::fs::open(
+    let port = rustix::fs::open(
         path,
         OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOCTTY,
         Mode::empty(),
@@ -113,9 +112,10 @@ async fn serve_port(path: &Path, guest: &Arc<Guest>) -> io::Result<()> {
     guest.ready();
     log::info(format_args!("listening on {}", path.display()));
     let service = service(Arc::new(Service::new(Arc::clone(guest))));
+    let mut port = Port::new(port)?;
     loop {
-        port = host_is_there(port).await?;
-        let mut link = GuestLink::new(Fd::new(port)?);
+        port.wait_for_host().await?;
+        let mut link = GuestLink::new(port);
         loop {
             match link.accept().await {
                 Ok(()) => {
@@ -123,7 +123,7 @@ async fn serve_port(path: &Path, guest: &Arc<Guest>) -> io::Result<()> {
                         log::info(format_args!("a conversation with the host ended: {error}"));
                     }
                 }
-                // The host closed the port, or tokio saw it closed for a moment.
+                // The host closed the port.
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -135,27 +135,8 @@ async fn serve_port(path: &Path, guest: &Arc<Guest>) -> io::Result<()> {
                 Err(error) => return Err(error),
             }
         }
-        port = link.into_inner().into_inner();
+        port = link.into_inner();
     }
-}
-
-/// Waits until the host has opened its end of the port.
-///
-/// While it has not, poll(2) answers "hang up" at once, always, and reading gives the end of the file. Writing is what
-/// waits for the host: a delimiter, which means nothing to either side.
-async fn host_is_there(port: OwnedFd) -> io::Result<OwnedFd> {
-    let mut state = [PollFd::new(&port, PollFlags::OUT)];
-    poll(&mut state, Some(&rustix::event::Timespec::default()))?;
-    if !state[0].revents().contains(PollFlags::HUP) {
-        return Ok(port);
-    }
-    let waited = tokio::task::spawn_blocking(move || {
-        set_nonblocking(&port, false)?;
-        rustix::io::retry_on_intr(|| rustix::io::write(&port, &[0]))?;
-        Ok(port)
-    });
-    // The task is never aborted and cannot panic.
-    waited.await.unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 async fn serve_vsock(guest: &Arc<Guest>) -> io::Result<()> {

@@ -12,7 +12,7 @@
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use offshoot_agent_proto::v1;
 use tokio::sync::mpsc;
@@ -203,9 +203,11 @@ impl Guest {
             Setup::New | Setup::Warm(_) => {}
         }
         let vm_id = request.vm_id.clone();
+        let began = Instant::now();
         let ssh_plan = request.ssh.as_ref().map(ssh::plan).transpose();
         let ssh_plan = ssh_plan.map_err(|error| Status::invalid_argument(error.to_string()))?;
         let plan = configure::plan(request).map_err(|error| Status::invalid_argument(error.to_string()))?;
+        let planned = began.elapsed();
         let applied = match &*setup {
             Setup::Warm(warmed) => {
                 let stages = configure::apply_to(warmed, plan).await;
@@ -228,8 +230,8 @@ impl Guest {
             }
         };
         match applied {
-            Ok((workload, disks, stages)) => {
-                let reply = v1::ConfigureReply { stages };
+            Ok((workload, disks, mut stages)) => {
+                let configured = Instant::now();
                 if let Some(plan) = ssh_plan {
                     let server = ssh::Server::new(plan, Arc::clone(&workload), Arc::clone(&self.count));
                     if !server.plan().yield_to_sshd {
@@ -238,6 +240,9 @@ impl Guest {
                     *self.ssh.lock().unwrap_or_else(PoisonError::into_inner) = Some(server);
                 }
                 *self.workload.lock().unwrap_or_else(PoisonError::into_inner) = Some(workload);
+                stages.insert(0, configure::stage("plan", planned));
+                stages.push(configure::stage("ssh", configured.elapsed()));
+                let reply = v1::ConfigureReply { stages };
                 *setup = Setup::Done {
                     vm_id,
                     reply: reply.clone(),

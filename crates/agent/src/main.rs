@@ -31,6 +31,7 @@ mod log;
 mod modules;
 mod output_log;
 mod pid1;
+mod port;
 mod power;
 mod process;
 mod service;

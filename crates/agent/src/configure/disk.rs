@@ -12,8 +12,13 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use super::ConfigureError;
 use crate::{command_line, log};
 
-/// How long a device may take to appear: the drivers are loaded, but probe in their own time.
-const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a device may take to appear: the drivers are loaded, but probe in their own time. Where KVM interprets the guest's
+/// kernel, mapping the persistent memory of a base takes that kernel seconds, and tens of them on a busy host.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Between two looks at least.
+const LOOK: Duration = Duration::from_millis(1);
+/// And at most: a look is work for the kernel that has the device to find.
+const LONGEST_LOOK: Duration = Duration::from_millis(100);
 
 /// `EXT4_IOC_RESIZE_FS` of the kernel's fs/ext4/ext4.h: `_IOW('f', 16, __u64)`.
 const EXT4_IOC_RESIZE_FS: libc::Ioctl = 0x4008_6610;
@@ -53,7 +58,8 @@ pub(super) fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> Re
                 waited: PATIENCE,
             });
         }
-        std::thread::sleep(Duration::from_millis(1));
+        // A tenth of what it took so far: a device that comes soon is seen soon.
+        std::thread::sleep((start.elapsed() / 10).clamp(LOOK, LONGEST_LOOK));
     }
 }
 

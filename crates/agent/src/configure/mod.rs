@@ -215,12 +215,16 @@ impl Stages {
 
     /// Everything since the last stage was this one.
     fn end(&mut self, name: &str) {
-        let duration_us = u64::try_from(self.last.elapsed().as_micros()).unwrap_or(u64::MAX);
-        self.done.push(v1::GuestStage {
-            name: name.to_owned(),
-            duration_us,
-        });
+        self.done.push(stage(name, self.last.elapsed()));
         self.last = Instant::now();
+    }
+}
+
+/// One timed step.
+pub(crate) fn stage(name: &str, took: Duration) -> v1::GuestStage {
+    v1::GuestStage {
+        name: name.to_owned(),
+        duration_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX),
     }
 }
 
@@ -334,6 +338,9 @@ pub(crate) struct Warmed {
 pub(crate) fn warm(plan: ConfigurePlan) -> Result<Warmed, ConfigureError> {
     machine::begin(plan.realtime, &plan.entropy)?;
     let (workload, disks) = mount_all(&plan, &mut Stages::new(), |_| Ok(()))?;
+    if let Err(error) = network::warm() {
+        crate::log::warning(format_args!("cannot warm the network device: {error}"));
+    }
     Ok(Warmed {
         workload: Arc::new(workload),
         disks,

@@ -191,6 +191,28 @@ pub(super) fn rehearse() -> Result<(), ConfigureError> {
     })
 }
 
+/// Brings the device up and down once, where there is one: what the kernel does for that is then in memory, and translated where
+/// it is emulated. The device is as it was.
+pub(super) fn warm() -> Result<(), ConfigureError> {
+    let index = fs::read_to_string(format!("{DEVICES}/{DEVICE}/ifindex")).ok();
+    let Some(index) = index.and_then(|text| text.trim_end().parse().ok()) else {
+        return Ok(());
+    };
+    runtime()?.block_on(async {
+        let (connection, handle, _) = rtnetlink::new_connection()
+            .map_err(ConfigureError::step("talk to the kernel about the network"))?;
+        tokio::spawn(connection);
+        for link in [
+            LinkUnspec::new_with_index(index).up(),
+            LinkUnspec::new_with_index(index).down(),
+        ] {
+            let set = handle.link().set(link.build()).execute().await;
+            step(set, || format!("bring {DEVICE} up and down"))?;
+        }
+        Ok(())
+    })
+}
+
 fn runtime() -> Result<tokio::runtime::Runtime, ConfigureError> {
     tokio::runtime::Builder::new_current_thread()
         .enable_io()
