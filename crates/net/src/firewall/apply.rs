@@ -69,6 +69,25 @@ struct Live {
     applied: Option<Ruleset>,
     /// Which switches are ours; nothing until they were asked for.
     forwarding: Option<Forwarding>,
+    /// What was found when switches were turned last.
+    seen: Option<Seen>,
+}
+
+/// A look at the host and at what others need of it.
+#[derive(Debug)]
+struct Seen {
+    host: Host,
+    others: Forwarding,
+}
+
+impl Seen {
+    /// The host as it is with our own switches turned.
+    fn after_ours(others: Forwarding) -> Self {
+        Self {
+            host: forwarding::look(),
+            others,
+        }
+    }
 }
 
 impl Firewall {
@@ -211,9 +230,13 @@ impl Firewall {
             None => Forwarding::read(&self.table),
         };
         let host = forwarding::look();
-        let others = Forwarding::of_others(&self.table);
+        let others = match &live.seen {
+            // No switch was turned since, so others turned none; whoever asks for a VM need not wait for another look.
+            Some(seen) if seen.host == host && !state.is_empty() => seen.others.clone(),
+            _ => Forwarding::of_others(&self.table),
+        };
         if state.is_empty() {
-            return self.leave(live, &host, &known.without(&others));
+            return self.leave(live, &host, &known, others);
         }
         let next = forwarding::plan(&host, &known.with(&others));
         // The table says which switches are ours: they are off before it forgets them, and on after it knows them.
@@ -235,14 +258,25 @@ impl Firewall {
         }
         live.applied = Some(ruleset);
         live.forwarding = Some(next);
+        live.seen = Some(Seen::after_ours(others));
         Ok(())
     }
 
     /// Puts everything back: first the switches, then the rules that say which are ours.
-    fn leave(&self, live: &mut Live, host: &Host, known: &Forwarding) -> Result<(), FirewallError> {
-        forwarding::close(host, known, &Forwarding::default())?;
+    fn leave(
+        &self,
+        live: &mut Live,
+        host: &Host,
+        known: &Forwarding,
+        others: Forwarding,
+    ) -> Result<(), FirewallError> {
+        forwarding::close(host, &known.without(&others), &Forwarding::default())?;
         live.applied = None;
         live.forwarding = None;
-        nft::commit(&Ruleset::remove(&self.table)).map_err(|source| self.rules_failed(source))
+        live.seen = None;
+        nft::commit(&Ruleset::remove(&self.table)).map_err(|source| self.rules_failed(source))?;
+        live.forwarding = Some(Forwarding::default());
+        live.seen = Some(Seen::after_ours(others));
+        Ok(())
     }
 }
