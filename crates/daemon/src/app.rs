@@ -143,19 +143,25 @@ impl App {
         );
         let qemu: Arc<dyn Driver> = Arc::new(QemuDriver::new(QemuConfig {
             program: config.qemu.clone(),
+            files: config.vmm_files.clone(),
             ..QemuConfig::default()
         }));
-        let cloud_hypervisor: Arc<dyn Driver> =
-            Arc::new(CloudHypervisorDriver::new(CloudHypervisorConfig::at(program(
+        let cloud_hypervisor: Arc<dyn Driver> = Arc::new(CloudHypervisorDriver::new(CloudHypervisorConfig {
+            files: config.vmm_files.clone(),
+            ..CloudHypervisorConfig::at(program(
                 config.cloud_hypervisor.as_deref(),
                 "OFFSHOOT_CLOUD_HYPERVISOR",
                 "cloud-hypervisor",
-            ))));
-        let firecracker: Arc<dyn Driver> = Arc::new(FirecrackerDriver::new(FirecrackerConfig::at(program(
-            config.firecracker.as_deref(),
-            "OFFSHOOT_FIRECRACKER",
-            "firecracker",
-        ))));
+            ))
+        }));
+        let firecracker: Arc<dyn Driver> = Arc::new(FirecrackerDriver::new(FirecrackerConfig {
+            files: config.vmm_files.clone(),
+            ..FirecrackerConfig::at(program(
+                config.firecracker.as_deref(),
+                "OFFSHOOT_FIRECRACKER",
+                "firecracker",
+            ))
+        }));
         let drivers = [qemu, cloud_hypervisor, firecracker];
         let drivers = BTreeMap::from(drivers.map(|driver| (driver.kind(), driver)));
         for driver in drivers.values() {
@@ -259,6 +265,7 @@ impl App {
                     background: config.background_templates,
                     // Beside those of VMs.
                     uid: config.uid_base + config.uid_count,
+                    boot_timeout: config.boot_timeout(),
                 },
             )
             .with_context(|| format!("cannot use {}", data_dir.join("templates").display()))?,

@@ -37,6 +37,8 @@ pub struct DaemonConfig {
     pub cloud_hypervisor: Option<PathBuf>,
     /// The Firecracker program; `OFFSHOOT_FIRECRACKER`, or what `PATH` has, when absent.
     pub firecracker: Option<PathBuf>,
+    /// Files and folders that VMMs may read besides their own programs, `/usr` and `/lib`.
+    pub vmm_files: Vec<PathBuf>,
     /// Which VMM is tried first, second and third where a VM names none.
     pub vmm_order: Vec<VmmRequest>,
     /// The virtiofsd program; where the distribution puts it when absent.
@@ -87,6 +89,7 @@ impl Default for DaemonConfig {
             qemu: "/usr/bin/qemu-system-x86_64".into(),
             cloud_hypervisor: None,
             firecracker: None,
+            vmm_files: Vec::new(),
             // The one that runs everywhere and can do everything comes first.
             vmm_order: vec![
                 VmmRequest::Qemu,
@@ -124,7 +127,7 @@ impl Default for DaemonConfig {
             api_head_timeout_s: 10,
             // An upload comes from a pipe, whose writer may have to read a slow disk first.
             api_body_timeout_s: 60,
-            background_templates: false,
+            background_templates: true,
             insecure_registries: Vec::new(),
         }
     }
@@ -150,6 +153,13 @@ impl DaemonConfig {
                 path.display(),
                 SEED_MIB.start(),
                 SEED_MIB.end()
+            );
+        }
+        if let Some(wrong) = config.vmm_files.iter().find(|path| !path.is_absolute()) {
+            anyhow::bail!(
+                "{}: `vmm_files` must be absolute paths, and `{}` is none",
+                path.display(),
+                wrong.display()
             );
         }
         if config.tap_pool_size > MOST_IDLE_TAPS {

@@ -105,7 +105,7 @@ pub struct KernelFacts {
 pub struct TemplateFacts {
     /// Which.
     pub id: TemplateId,
-    /// The base that its VMs have; absent when it cannot be used.
+    /// The base that its VMs have; absent when no VM of this host can be restored from it.
     pub base: Option<BaseId>,
     /// When it was made, or a VM was last restored from it.
     pub used_ms: u64,

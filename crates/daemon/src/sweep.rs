@@ -91,8 +91,9 @@ pub fn facts(images: &Images, kernels: Option<&KernelStore>) -> Answer<Facts> {
         let vms = images.engine.records();
         for found in templates.list().map_err(|error| unreadable_templates(&error))? {
             let stored = found.stored.as_ref().ok();
+            let current = stored.filter(|_| found.stale.is_none());
             facts.templates.push(TemplateFacts {
-                base: stored.map(|stored| stored.manifest.key.base.clone()),
+                base: current.map(|stored| stored.manifest.key.base.clone()),
                 used_ms: stored.map_or(0, |stored| stored.used_ms),
                 leased: vms.iter().any(|vm| vm.runs_from(&found.id)),
                 id: found.id,
@@ -120,7 +121,7 @@ pub fn facts(images: &Images, kernels: Option<&KernelStore>) -> Answer<Facts> {
     Ok(facts)
 }
 
-fn unreadable_templates(error: &std::io::Error) -> Failure {
+pub(crate) fn unreadable_templates(error: &std::io::Error) -> Failure {
     let cannot = format!("cannot look at the templates: {error}");
     Failure::new(ErrorKind::Internal, cannot)
 }

@@ -22,6 +22,8 @@ const LOOK_EVERY: Duration = Duration::from_secs(60);
 pub struct WarmImages {
     wanted: Mutex<BTreeMap<String, usize>>,
     changed: Notify,
+    /// Why there are fewer than are wanted, since the last look.
+    problem: Mutex<Option<String>>,
 }
 
 impl WarmImages {
@@ -30,11 +32,29 @@ impl WarmImages {
         Self {
             wanted: Mutex::new(settings),
             changed: Notify::new(),
+            problem: Mutex::default(),
         }
     }
 
     fn wanted(&self) -> MutexGuard<'_, BTreeMap<String, usize>> {
         self.wanted.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many each image shall have.
+    pub fn all(&self) -> BTreeMap<String, usize> {
+        self.wanted().clone()
+    }
+
+    /// Why there are fewer than are wanted, where the last look found a reason.
+    pub fn problem(&self) -> Option<String> {
+        self.problem
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    fn note(&self, problem: Option<String>) {
+        *self.problem.lock().unwrap_or_else(PoisonError::into_inner) = problem;
     }
 
     /// From now on, and until the daemon ends, an image has so many.
@@ -60,10 +80,12 @@ pub fn keep(app: &Shared) {
     let end = app.end.clone();
     tokio::spawn(end.run_until_cancelled_owned(async move {
         loop {
-            let wanted = resolve(&app).await;
+            let (wanted, mut problem) = resolve(&app).await;
             if let Err(error) = app.engine.fill_slots(&wanted).await {
                 tracing::warn!(causes = chain(&error), "cannot make a warm slot");
+                problem.get_or_insert_with(|| chain(&error));
             }
+            app.warm.note(problem);
             tokio::select! {
                 () = app.engine.slots().taken() => {}
                 () = app.warm.changed.notified() => {}
@@ -73,22 +95,23 @@ pub fn keep(app: &Shared) {
     }));
 }
 
-/// What is wanted, as VMs of these images would be created now. An image that is not there has none.
-async fn resolve(app: &Shared) -> Vec<(CreateRequest, usize)> {
-    let images = app.warm.wanted().clone();
-    let mut wanted = Vec::new();
+/// What is wanted, as VMs of these images would be created now, and what stands in the way of the first that cannot be had. An
+/// image that is not there has none.
+async fn resolve(app: &Shared) -> (Vec<(CreateRequest, usize)>, Option<String>) {
+    let images = app.warm.all();
+    let (mut wanted, mut problem) = (Vec::new(), None);
     for (image, slots) in images {
         // Nobody asked for it, so it is no operation that is kept.
         let mut stages = Stages::begin("slot");
         match ready_to_create(app, VmConfig::new(&image), &mut stages).await {
             // The slot's own disks hold the base from then on; until then the next look finds out.
             Ok((request, _lease)) => wanted.push((request, slots)),
-            Err(failure) => tracing::warn!(
-                image,
-                reason = failure.0.message,
-                "an image cannot have warm slots"
-            ),
+            Err(failure) => {
+                let reason = failure.0.message;
+                tracing::warn!(image, reason, "an image cannot have warm slots");
+                problem.get_or_insert_with(|| format!("{image}: {reason}"));
+            }
         }
     }
-    wanted
+    (wanted, problem)
 }

@@ -32,6 +32,8 @@ pub enum Fix {
     SweepLeftovers,
     /// Writes SQLite's log into the database and cuts it off.
     CheckpointDatabase,
+    /// Removes templates that no VM of this host can be restored from.
+    RemoveTemplates,
 }
 
 impl fmt::Display for Fix {
@@ -42,6 +44,7 @@ impl fmt::Display for Fix {
             Self::PrepareBases => "prepare-bases",
             Self::SweepLeftovers => "sweep-leftovers",
             Self::CheckpointDatabase => "checkpoint-database",
+            Self::RemoveTemplates => "remove-templates",
         })
     }
 }

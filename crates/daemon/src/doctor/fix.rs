@@ -8,7 +8,7 @@ use offshoot_api::error::ApiError;
 use offshoot_model::{BaseId, ByteSize, Finding, Fix, Progress, ProgressUnit};
 use offshoot_rootfs::base::{BaseError, base_id};
 
-use super::{database, leftovers, modes, report};
+use super::{database, leftovers, modes, report, templates};
 use crate::app::App;
 use crate::blocking::blocking;
 use crate::error::{Answer, Failure};
@@ -72,6 +72,7 @@ fn words(fix: Fix) -> &'static str {
         Fix::RefreshKernel => "refreshing the kernel's agent",
         Fix::PrepareBases => "preparing bases again",
         Fix::SweepLeftovers => "sweeping leftovers",
+        Fix::RemoveTemplates => "removing templates",
         Fix::CheckpointDatabase => "writing the database's log back",
     }
 }
@@ -82,6 +83,7 @@ async fn run(app: &App, fix: Fix, progress: &Progress, mended: &mut Mended) -> A
         Fix::RefreshKernel => refresh_kernel(app, mended).await?,
         Fix::PrepareBases => prepare_bases(app, progress, mended).await?,
         Fix::SweepLeftovers => *mended = leftovers::sweep(app).await,
+        Fix::RemoveTemplates => *mended = templates::remove_useless(app).await?,
         Fix::CheckpointDatabase => {
             let (before, after) = database::checkpoint(app.engine.db(), &app.data_dir).await?;
             let [before, after] = [before, after].map(ByteSize::from_bytes);

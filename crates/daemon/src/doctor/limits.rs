@@ -84,12 +84,12 @@ fn judge(limits: Limits) -> Vec<Finding> {
         findings.push(
             Finding::new(
                 PART,
-                Severity::Warning,
+                Severity::Failure,
                 "the host allows no mount, process or network namespaces",
                 "sysctl -w user.max_mnt_namespaces=10000 user.max_pid_namespaces=10000 user.max_net_namespaces=10000",
             )
             .id("namespaces-none")
-            .cost("no folder can be shared (`-v`, `--root virtiofs`), and no image made by `image bootstrap`"),
+            .cost("no VM can be started: VMMs are confined with them"),
         );
     }
     findings

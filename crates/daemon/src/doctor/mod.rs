@@ -17,6 +17,8 @@ mod leftovers;
 mod limits;
 mod modes;
 mod network;
+mod slots;
+mod templates;
 mod tools;
 
 use std::collections::HashSet;
@@ -31,6 +33,8 @@ pub use fix::mend;
 pub async fn report(app: &App) -> Vec<Finding> {
     let mut findings = app.engine.check().await;
     findings.extend(images::check(&app.images).await);
+    findings.extend(templates::check(app).await);
+    findings.extend(slots::check(app));
     findings.extend(database::check(app.engine.db(), &app.data_dir).await);
     findings.extend(modes::check(app).await);
     findings.push(leftovers::judge(&leftovers::look(app).await));

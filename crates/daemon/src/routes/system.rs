@@ -101,9 +101,17 @@ async fn df(State(app): State<Shared>) -> Answer<Json<DiskUsage>> {
     Ok(Json(usage::usage(&app.images, &app.kernels).await?))
 }
 
+/// Whose templates can go is a matter of which VMMs there are.
+async fn look_at_vmms(app: &Shared) {
+    if let Some(templates) = app.engine.templates() {
+        templates.look_at_vmms().await;
+    }
+}
+
 #[utoipa::path(get, path = "/v1/system/prune", params(PruneQuery),
     responses((status = 200, body = PruneReport)))]
 async fn preview(State(app): State<Shared>, Query(query): Query<PruneQuery>) -> Answer<Json<PruneReport>> {
+    look_at_vmms(&app).await;
     Ok(Json(sweep::preview(&app.images, &app.kernels, query).await?))
 }
 
@@ -113,5 +121,6 @@ async fn prune(State(app): State<Shared>, Query(query): Query<PruneQuery>) -> An
     if query.all {
         app.warm.clear();
     }
+    look_at_vmms(&app).await;
     Ok(Json(sweep::prune(&app.images, &app.kernels, query).await?))
 }

@@ -15,6 +15,7 @@ use utoipa_axum::routes;
 use crate::app::{App, Shared};
 use crate::error::{Answer, Failure};
 use crate::extract::Named;
+use crate::sweep::unreadable_templates;
 
 pub(super) fn routes() -> OpenApiRouter<Shared> {
     OpenApiRouter::new().routes(routes!(list)).routes(routes!(remove))
@@ -46,7 +47,7 @@ fn summary(app: &App, images: &[(String, offshoot_model::BaseId)], found: Templa
                 created_ms: stored.manifest.created_ms,
                 used_ms: stored.used_ms,
             };
-            (Some(of), None)
+            (Some(of), found.stale)
         }
         Err(problem) => (None, Some(problem)),
     };
@@ -66,13 +67,11 @@ async fn list(State(app): State<Shared>) -> Answer<Json<Vec<TemplateSummary>>> {
         return Ok(Json(Vec::new()));
     };
     let templates = Arc::clone(templates);
+    templates.look_at_vmms().await;
     let found = tokio::task::spawn_blocking(move || templates.list()).await;
     let found = found
         .map_err(|_| Failure::broken("looking at templates"))?
-        .map_err(|error| {
-            let cannot = format!("cannot look at the templates: {error}");
-            Failure::new(offshoot_model::ErrorKind::Internal, cannot)
-        })?;
+        .map_err(|error| unreadable_templates(&error))?;
     let rows = app.engine.db().call(offshoot_store::db::Db::images).await?;
     let images: Vec<_> = rows
         .iter()

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use async_trait::async_trait;
 use offshoot_model::{ErrorKind, Explain, Finding, KernelObject, ObjectKind, Severity, VmId};
 
-use super::{blocking, finding, host_disk};
+use super::{blocking, host_disk};
 use crate::capability::{Capability, CapabilityError, Known, VmPlan};
 use crate::definition::VmRecord;
 use crate::owner::remove_tree;
@@ -56,8 +56,8 @@ impl Capability for FoldersCapability {
     }
 
     async fn check(&self) -> Vec<Finding> {
-        let (roots, gid) = (self.roots.clone(), self.gid);
-        blocking(move || look(&roots, gid)).await
+        let roots = self.roots.clone();
+        blocking(move || look(&roots)).await
     }
 
     fn plan(&self, _: &VmRecord, paths: &VmPaths, plan: &mut VmPlan) -> Result<(), CapabilityError> {
@@ -144,29 +144,13 @@ fn rotate(log: &Path) -> Result<(), CapabilityError> {
     }
 }
 
-fn look([data, run]: &[PathBuf; 2], gid: u32) -> Vec<Finding> {
-    let closed = |root: &PathBuf| closed_ancestor(root, gid);
-    let mut closed: Vec<_> = [data, run].into_iter().filter_map(closed).collect();
-    closed.dedup();
-    let mut findings: Vec<_> = closed.iter().map(|folder| closed_finding(folder)).collect();
-    findings.push(host_disk::room_in(NAME, data));
+fn look([data, run]: &[PathBuf; 2]) -> Vec<Finding> {
+    let mut findings = vec![host_disk::room_in(NAME, data)];
     // Mostly a disk of memory, on which only sockets lie.
     let run = host_disk::room_in(NAME, run);
     findings.extend(Some(run).filter(|found| found.severity != Severity::Ok));
     findings.push(host_disk::reflink(NAME, data));
     findings
-}
-
-fn closed_finding(folder: &Path) -> Finding {
-    let place = folder.display();
-    finding(
-        NAME,
-        Severity::Failure,
-        format!("unprivileged VMMs cannot pass through {place}"),
-        format!("chmod o+x {place}, or choose another --data-dir and --run-dir"),
-    )
-    .id("folders-closed")
-    .cost("no VM can be started: its VMM runs as a user of its own and cannot reach its files")
 }
 
 fn make(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<(), CapabilityError> {
@@ -181,18 +165,6 @@ fn make(path: &Path, mode: u32, uid: u32, gid: u32) -> Result<(), CapabilityErro
             path: path.to_owned(),
             source,
         }) as CapabilityError
-    })
-}
-
-/// The outermost folder on the way to `path` that a process in no group but `gid` cannot pass through.
-fn closed_ancestor(path: &Path, gid: u32) -> Option<PathBuf> {
-    use std::os::unix::fs::MetadataExt as _;
-    let mut ancestors: Vec<_> = path.ancestors().collect();
-    ancestors.reverse();
-    ancestors.into_iter().find_map(|folder| {
-        let meta = std::fs::metadata(folder).ok()?;
-        let open = meta.mode() & 0o001 != 0 || (meta.gid() == gid && meta.mode() & 0o010 != 0);
-        (!open).then(|| folder.to_owned())
     })
 }
 
@@ -238,19 +210,5 @@ mod tests {
         // A run that said nothing leaves what the last one that did has said.
         rotate(&log).unwrap();
         assert_eq!(std::fs::read_to_string(&older).unwrap(), "third");
-    }
-
-    #[test]
-    fn a_closed_folder_on_the_way_is_found() {
-        let dir = tempfile::tempdir().unwrap();
-        let inner = dir.path().join("a/b");
-        std::fs::create_dir_all(&inner).unwrap();
-        let set =
-            |path: &Path, mode| std::fs::set_permissions(path, PermissionsExt::from_mode(mode)).unwrap();
-        set(dir.path(), 0o711);
-        set(&dir.path().join("a"), 0o700);
-        assert_eq!(closed_ancestor(&inner, 1), Some(dir.path().join("a")));
-        set(&dir.path().join("a"), 0o711);
-        assert_eq!(closed_ancestor(&inner, 1), None);
     }
 }

@@ -20,7 +20,7 @@ use crate::output::OutputLog;
 use crate::owner::{chain, now_ms, remove_tree};
 use crate::run::{Ending, Run, empty_plan};
 use crate::templates::store::LoadedTemplate;
-use crate::templates::{MAC, MakeError, Offer, first_word, open_taps};
+use crate::templates::{BOOT, MAC, MakeError, Offer, first_word, open_taps};
 
 /// Which concerns of a VM's life one has that is nobody's.
 const CONCERNS: [&str; 8] = [
@@ -276,7 +276,7 @@ async fn warm_up(
         prepared.map_err(|source| failed(capability.name(), "prepare", source))?;
     }
     let machine = run.machine().ok_or(MakeError::Shape)?;
-    let agent = stages.stage("answer", first_word(&*machine)).await?;
+    let agent = stages.stage("answer", first_word(&*machine, BOOT)).await?;
     run.booted.cancel();
     let warmed = stages.stage("warm", agent.warm(like(run)?)).await;
     warmed.map_err(|source| SlotError::Agent { source })?;

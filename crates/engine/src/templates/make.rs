@@ -43,11 +43,8 @@ const CONCERNS: [&str; 8] = [
     "vmm",
 ];
 
-/// How long its guest may take to boot: VMs that start go first, so there is no hurry.
-const BOOT: Duration = Duration::from_secs(120);
-
-/// How long its guest has to see that the host is gone, which it tells nobody.
-const SETTLE: Duration = Duration::from_millis(500);
+/// How long its guest may take to boot at least: VMs that start go first, so there is no hurry.
+pub(crate) const BOOT: Duration = Duration::from_secs(120);
 
 /// The address of its network device. A VM that is restored gets its own before it speaks to anybody.
 pub(crate) const MAC: Mac = Mac([0x02, 0, 0, 0, 0, 1]);
@@ -259,8 +256,9 @@ impl Templates {
         let stage = self.store.stage()?;
         let state = state_path(&stage);
         let mut begun = 0;
+        let limit = BOOT.max(self.rules.boot_timeout);
         let saved = tokio::select! {
-            saved = boot_and_save(core, &capabilities, &run, &mut begun, stages, &state) => saved,
+            saved = boot_and_save(core, &capabilities, &run, limit, &mut begun, stages, &state) => saved,
             () = self.ending.cancelled() => Err(MakeError::Ending),
         };
         run.set_ending(Ending::Kill);
@@ -310,6 +308,7 @@ async fn boot_and_save(
     core: &Core,
     capabilities: &[Arc<dyn Capability>],
     run: &Run,
+    limit: Duration,
     begun: &mut usize,
     stages: &mut Stages,
     state: &std::path::Path,
@@ -324,7 +323,7 @@ async fn boot_and_save(
         prepared.map_err(|source| start(capability.name(), "prepare", source))?;
     }
     let machine = run.machine().ok_or(MakeError::Shape)?;
-    let agent = stages.stage("boot", first_word(&*machine)).await?;
+    let agent = stages.stage("boot", first_word(&*machine, limit)).await?;
     run.booted.cancel();
     let request = rehearsal(&run.plan);
     stages
@@ -332,8 +331,6 @@ async fn boot_and_save(
         .await
         .map_err(|source| MakeError::Rehearse { source })?;
     drop(agent);
-    // One that is saved before it has seen its host leave ends the conversation of whoever comes next.
-    tokio::time::sleep(SETTLE).await;
     stages
         .stage("save", async {
             machine.pause().await?;
@@ -389,16 +386,21 @@ fn rehearsal(plan: &VmPlan) -> v1::RehearseRequest {
     }
 }
 
-pub(crate) async fn first_word(machine: &dyn Machine) -> Result<AgentClient, MakeError> {
-    let AgentEndpoint::UnixLink(path) = machine.agent_endpoint() else {
-        return Err(MakeError::Shape);
+/// Connects to its agent, within `limit`.
+pub(crate) async fn first_word(machine: &dyn Machine, limit: Duration) -> Result<AgentClient, MakeError> {
+    let connect = async {
+        match machine.agent_endpoint() {
+            AgentEndpoint::UnixLink(path) => AgentClient::connect_unix_link(path).await,
+            AgentEndpoint::HybridVsock { path, port } => {
+                let maker = Some(machine.state().process.pid);
+                AgentClient::connect_hybrid_vsock(path, *port, maker).await
+            }
+        }
     };
     tokio::select! {
-        connected = AgentClient::connect_unix_link(path) => {
-            connected.map_err(|source| MakeError::Connect { source })
-        }
+        connected = connect => connected.map_err(|source| MakeError::Connect { source }),
         exit = machine.wait_exit() => Err(MakeError::Ended { exit: exit.cause }),
-        () = tokio::time::sleep(BOOT) => Err(MakeError::Late { limit: BOOT }),
+        () = tokio::time::sleep(limit) => Err(MakeError::Late { limit }),
     }
 }
 

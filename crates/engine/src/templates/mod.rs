@@ -38,7 +38,7 @@ use manifest::{FORMAT, TemplateKey};
 use store::{LoadedTemplate, TemplateError, TemplateStore};
 
 pub use make::MakeError;
-pub(crate) use make::{MAC, first_word, open_taps};
+pub(crate) use make::{BOOT, MAC, first_word, open_taps};
 
 /// A template that nobody used for so long is not kept in memory any more. VMs that were restored from it keep their pages.
 const KEPT_LOADED: Duration = Duration::from_secs(15 * 60);
@@ -53,6 +53,8 @@ pub struct TemplateRules {
     pub background: bool,
     /// The user that the VMMs of templates that are being made run as, one at a time.
     pub uid: u32,
+    /// How long a guest that becomes a template may take to its first word, where that is more than it gets in any case.
+    pub boot_timeout: Duration,
 }
 
 /// Whether and from what a VM is restored.
@@ -83,6 +85,8 @@ pub struct TemplateInfo {
     pub id: TemplateId,
     /// What it is, or why it cannot be used.
     pub stored: Result<store::StoredTemplate, String>,
+    /// Why no VM of this host will be restored from it any more.
+    pub stale: Option<String>,
     /// What it takes on disk, bytes.
     pub disk: ByteSize,
     /// What the daemon holds of it in memory, bytes.
@@ -97,6 +101,15 @@ struct State {
     /// Who waits for whom: one maker for each kind.
     turns: HashMap<TemplateId, Arc<tokio::sync::Mutex<()>>>,
     failures: HashMap<TemplateId, u32>,
+    /// The VMMs that were found on this host.
+    vmms: BTreeMap<String, HostVmm>,
+}
+
+/// A VMM on this host, as a template's key names it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct HostVmm {
+    version: String,
+    build: Digest,
 }
 
 /// All templates of one daemon.
@@ -181,6 +194,8 @@ impl Templates {
             .get(vmm)
             .ok_or_else(|| format!("there is no driver for {vmm}"))?;
         let facts = driver.probe().await.map_err(|error| error.to_string())?;
+        let found = HostVmm::of(&facts);
+        self.state().vmms.insert(facts.kind.clone(), found.clone());
         let shape = driver.shape(launch).await.map_err(|error| error.to_string())?;
         let shape = shape.ok_or_else(|| format!("{vmm} cannot save VMs"))?;
         let kernel = self
@@ -193,8 +208,8 @@ impl Templates {
             kernel: vm.kernel_id.clone(),
             agent: kernel.manifest.agent.digest,
             vmm: facts.kind,
-            vmm_version: facts.version,
-            vmm_build: build(&facts.program),
+            vmm_version: found.version,
+            vmm_build: found.build,
             processor: self.processor,
             cpus: launch.cpus,
             memory_mib: launch.memory.mib(),
@@ -328,17 +343,31 @@ impl Templates {
             .retain(|_, (_, used)| used.elapsed() < KEPT_LOADED);
     }
 
-    /// Every template, with what it takes.
+    /// Looks which VMMs this host has, for [`Templates::list`]. One that cannot be asked is not known.
+    pub async fn look_at_vmms(&self) {
+        for driver in self.drivers.values() {
+            if let Ok(facts) = driver.probe().await {
+                let found = HostVmm::of(&facts);
+                self.state().vmms.insert(facts.kind, found);
+            }
+        }
+    }
+
+    /// Every template, with what it takes. What is known of VMMs is what was seen when one was last looked at.
     pub fn list(&self) -> std::io::Result<Vec<TemplateInfo>> {
         let mut all = Vec::new();
+        let vmms = self.state().vmms.clone();
         for id in self.store.ids()? {
+            let stored = self.store.get(&id).map_err(|error| error.to_string());
+            let key = stored.as_ref().ok().map(|stored| &stored.manifest.key);
             let held = self
                 .state()
                 .loaded
                 .get(&id)
                 .map_or(0, |(loaded, _)| loaded.held.bytes());
             all.push(TemplateInfo {
-                stored: self.store.get(&id).map_err(|error| error.to_string()),
+                stale: key.and_then(|key| stale(key, &vmms, &self.processor)),
+                stored,
                 disk: ByteSize::from_bytes(
                     offshoot_sys::space::disk_usage(&self.store.path(&id)).unwrap_or(0),
                 ),
@@ -347,6 +376,31 @@ impl Templates {
             });
         }
         Ok(all)
+    }
+}
+
+/// Why no VM of a host with these will be restored from a template of this key.
+fn stale(key: &TemplateKey, vmms: &BTreeMap<String, HostVmm>, processor: &Digest) -> Option<String> {
+    if key.processor != *processor {
+        return Some("it was saved on another processor".into());
+    }
+    let here = vmms.get(&key.vmm)?;
+    if here.version != key.vmm_version {
+        return Some(format!(
+            "{} {} saved it, and this host has {}",
+            key.vmm, key.vmm_version, here.version
+        ));
+    }
+    (here.build != key.vmm_build)
+        .then(|| format!("another build of {} {} saved it", key.vmm, key.vmm_version))
+}
+
+impl HostVmm {
+    fn of(facts: &offshoot_vmm::VmmFacts) -> Self {
+        Self {
+            version: facts.version.clone(),
+            build: build(&facts.program),
+        }
     }
 }
 
@@ -380,5 +434,41 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     match tokio::task::spawn_blocking(work).await {
         Ok(done) => done,
         Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_saved_by_another_host_is_stale() {
+        let key = manifest::tests::key();
+        let here = HostVmm {
+            version: key.vmm_version.clone(),
+            build: key.vmm_build,
+        };
+        let told = |vmm: HostVmm, processor: &Digest| {
+            let vmms = BTreeMap::from([(key.vmm.clone(), vmm)]);
+            stale(&key, &vmms, processor)
+        };
+        assert_eq!(told(here.clone(), &key.processor), None);
+        assert_eq!(
+            stale(&key, &BTreeMap::new(), &key.processor),
+            None,
+            "a VMM that was not looked at is taken for the same"
+        );
+        let newer = HostVmm {
+            version: "8.2.0".into(),
+            ..here.clone()
+        };
+        assert!(told(newer, &key.processor).unwrap().contains("7.2.22"));
+        let other = HostVmm {
+            build: Digest::from_bytes([9; 32]),
+            ..here.clone()
+        };
+        assert!(told(other, &key.processor).unwrap().contains("another build"));
+        let elsewhere = Digest::from_bytes([9; 32]);
+        assert!(told(here, &elsewhere).unwrap().contains("processor"));
     }
 }
