@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 /// Every crate of the workspace with those it may use directly, highest first.
 const ARROWS: [(&str, &[&str]); 18] = [
     ("e2e", &[]),
-    ("bench", &["model", "rootfs", "sys"]),
+    ("bench", &["agent-proto", "model", "rootfs", "sys"]),
     ("bench-init", &[]),
     ("fake-vmm", &["agent-proto", "sys", "vmm"]),
     ("cli", &["api", "model"]),

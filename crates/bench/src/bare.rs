@@ -19,7 +19,7 @@ pub(crate) struct Bare {
 }
 
 /// The writable disks of a VM, and the seeds that they come from.
-const DISKS: [(&str, &str); 2] = [
+pub(crate) const DISKS: [(&str, &str); 2] = [
     ("overlay.ext4", "overlay-seed.ext4"),
     ("work.ext4", "work-seed.ext4"),
 ];
@@ -32,13 +32,8 @@ impl Bare {
         ])?;
         let details = daemon.inspect("model")?;
         let pid = details["pid"].as_i64().context("no pid")?;
-        let bytes = std::fs::read(format!("/proc/{pid}/cmdline"))?;
+        let words = words_of(pid)?;
         daemon.ok(&["rm", "-f", "model"])?;
-        let words: Vec<String> = bytes
-            .split(|b| *b == 0)
-            .filter(|w| !w.is_empty())
-            .map(|w| String::from_utf8_lossy(w).into_owned())
-            .collect();
         let (program, rest) = words.split_first().context("an empty command line")?;
 
         let scratch = daemon.scratch();
@@ -71,16 +66,7 @@ impl Bare {
 
     /// Boots, runs `true`, ends. Gives the time from the start of QEMU until its process is gone.
     pub(crate) fn run(&self) -> Result<Duration> {
-        for (seed, disk) in &self.disks {
-            let _ = std::fs::remove_file(disk);
-            let copied = Command::new("cp")
-                .arg("--sparse=always")
-                .args([seed, disk])
-                .status()?;
-            if !copied.success() {
-                bail!("cp");
-            }
-        }
+        copy_seeds(&self.disks)?;
         let began = Instant::now();
         let mut child = Command::new(&self.program)
             .args(&self.arguments)
@@ -111,8 +97,37 @@ impl Bare {
     }
 }
 
+/// A process's command line (proc_pid_cmdline(5)).
+pub(crate) fn words_of(pid: i64) -> Result<Vec<String>> {
+    let bytes = std::fs::read(format!("/proc/{pid}/cmdline"))?;
+    let words = bytes.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    // Each ends with a zero; QEMU takes an empty one as a value.
+    let mut words: Vec<_> = words.map(std::borrow::Cow::into_owned).collect();
+    words.pop();
+    Ok(words)
+}
+
+/// New disks of the seeds.
+pub(crate) fn copy_seeds(disks: &[(PathBuf, PathBuf)]) -> Result<()> {
+    for (seed, disk) in disks {
+        let _ = std::fs::remove_file(disk);
+        copy_sparse(seed, disk)?;
+    }
+    Ok(())
+}
+
+/// A copy with the holes of the original.
+pub(crate) fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
+    let mut cp = Command::new("cp");
+    let copied = cp.arg("--sparse=always").args([from, to]).status()?;
+    if !copied.success() {
+        bail!("cannot copy {}", from.display());
+    }
+    Ok(())
+}
+
 /// The option of a writable disk, pointed at our copy; nothing where it is another option.
-fn with_disk(word: &str, disks: &[(PathBuf, PathBuf)]) -> Option<String> {
+pub(crate) fn with_disk(word: &str, disks: &[(PathBuf, PathBuf)]) -> Option<String> {
     let at = word.find("file.filename=")?;
     let (path, options) = word[at..].split_once(',').unwrap_or((&word[at..], ""));
     let (n, _) = DISKS
@@ -123,7 +138,7 @@ fn with_disk(word: &str, disks: &[(PathBuf, PathBuf)]) -> Option<String> {
     Some(format!("{}file.filename={ours},{options}", &word[..at]))
 }
 
-fn first_below(folder: &Path) -> Result<PathBuf> {
+pub(crate) fn first_below(folder: &Path) -> Result<PathBuf> {
     let entry = std::fs::read_dir(folder)?.next().context("an empty folder")?;
     Ok(entry?.path())
 }

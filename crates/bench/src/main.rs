@@ -7,6 +7,7 @@
 
 mod api;
 mod bare;
+mod bare_restore;
 mod daemon;
 mod dns;
 mod http;
