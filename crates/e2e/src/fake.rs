@@ -21,9 +21,11 @@ fn program() -> PathBuf {
 /// Settings that put a program in QEMU's place, with more settings. Fakes touch none of the memory that they are
 /// promised, so any number of them may be promised theirs.
 fn instead_of_qemu(program: &Path, settings: &str) -> String {
+    // A script finds the fake beside it.
     format!(
-        "qemu = {:?}\nmemory_overcommit = 1000.0\n{settings}",
-        program.display().to_string()
+        "qemu = {:?}\nvmm_files = [{:?}]\nmemory_overcommit = 1000.0\n{settings}",
+        program.display().to_string(),
+        bin_dir().display().to_string()
     )
 }
 

@@ -51,6 +51,8 @@ fn read_all(stream: &mut UnixStream) -> Vec<u8> {
             Ok(0) => return bytes,
             Ok(read) => bytes.extend_from_slice(&piece[..read]),
             Err(error) if error.kind() == std::io::ErrorKind::ConnectionReset => return bytes,
+            // A process that was stopped and goes on is told so where its wait has a limit (signal(7)).
+            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
             Err(error) => panic!("the daemon neither answers nor closes: {error}"),
         }
     }

@@ -69,7 +69,7 @@ ask name-spaces 'for n in cgroup ipc mnt net pid time user uts; do [ "$(readlink
 ask processes 'perl -e "for (glob q(/proc/[0-9]*)) { open F, qq(\$_/cmdline) or next; defined <F> or next; open F, qq(\$_/status) or next; print map { /^(?:Name|Uid):\s*(.*)/ ? \$1 . q( ) : () } <F>; print qq(\n) }" | sort | uniq -c'
 ask first-process 'cat /proc/1/comm; tr "\0" " " </proc/1/cmdline'
 ask threads-of-kernel 'perl -e "for (glob q(/proc/[0-9]*)) { open F, qq(\$_/cmdline) or next; defined <F> and next; open F, qq(\$_/comm) or next; print <F> }" | sed -E "s/kworker.*/kworker/; s/jbd2\/.*/jbd2/" | sort -u'
-ask process-can-be-signalled 'sleep 100 & kill -TERM $!; wait $!; echo $?'
+ask process-can-be-signalled '(sleep 100 & kill -TERM $!; wait $!; echo $?) 2>/dev/null'
 
 # The network
 ask host-name 'uname -n; hostname; cat /etc/hostname; cat /proc/sys/kernel/domainname'

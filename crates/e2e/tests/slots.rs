@@ -1,6 +1,6 @@
 //! Warm slots: a VM that takes one over is a VM as any other, and nothing is left of one that nobody took.
 
-use offshoot_e2e::{Daemon, IMAGE, names, wait_until};
+use offshoot_e2e::{Daemon, IMAGE, names, tell, wait_until};
 use serde_json::{Value, json};
 
 /// What tells a VM from every other, a line each: address, names, ids, and a digest of random bytes.
@@ -39,7 +39,6 @@ fn who(daemon: &Daemon, vm: &str) -> Vec<String> {
 }
 
 #[test]
-#[ignore = "some restored guests hang while they are set up; `make soak` runs it"]
 fn a_vm_in_a_warm_slot_is_a_vm_of_its_own() {
     let daemon = Daemon::start();
     // What is made once, and a VM that never was in a slot.
@@ -66,14 +65,17 @@ fn a_vm_in_a_warm_slot_is_a_vm_of_its_own() {
     let facts = |vm: &str, what: &str| daemon.ok(["exec", vm, "sh", "-c", what]);
     for what in [
         "cut -d' ' -f1-4 /proc/mounts",
-        "id; env | grep -v HOSTNAME; ls -la / /root; ulimit -a",
+        "id; env | grep -v HOSTNAME; ls -la --time-style=+ / /root; ulimit -a",
     ] {
         let strip = |text: String| {
-            let plain = |line: &str| !line.contains("overlay / overlay") && !line.starts_with("total");
-            text.lines()
-                .filter(|line| plain(line))
-                .map(|line| line.split(" Dec ").next().unwrap_or(line).to_owned())
-                .collect::<Vec<_>>()
+            // How many processes there are is the moment's.
+            let free = ["overlay / overlay", "total ", " proc"];
+            let plain = |line: &&str| {
+                !free
+                    .iter()
+                    .any(|part| line.contains(part) && !line.contains("/proc"))
+            };
+            text.lines().filter(plain).map(str::to_owned).collect::<Vec<_>>()
         };
         assert_eq!(strip(facts("one", what)), strip(facts("slow", what)), "{what}");
     }
@@ -109,7 +111,6 @@ fn a_vm_in_a_warm_slot_is_a_vm_of_its_own() {
 }
 
 #[test]
-#[ignore = "some restored guests hang while they are set up; `make soak` runs it"]
 fn nothing_is_left_of_slots_when_the_daemon_ends_or_is_killed() {
     let mut daemon = Daemon::start_with(&format!("warm_slots = {{ {IMAGE:?} = 1 }}"));
     has(&daemon, 1);
@@ -155,7 +156,6 @@ fn nothing_is_left_of_slots_when_the_daemon_ends_or_is_killed() {
 }
 
 #[test]
-#[ignore = "some restored guests hang while they are set up; `make soak` runs it"]
 fn a_slot_that_dies_costs_no_vm() {
     let daemon = Daemon::start();
     warm(&daemon, 1);
@@ -166,5 +166,48 @@ fn a_slot_that_dies_costs_no_vm() {
     daemon.ok(["exec", "web", "true"]);
     has(&daemon, 1);
     warm(&daemon, 0);
+    daemon.finish();
+}
+
+/// The stages of a slot's making, and of the start that takes one.
+const POINTS: [&str; 9] = [
+    "slot/overlay.prepare/after",
+    "slot/vmm.prepare/before",
+    "slot/vmm.prepare/after",
+    "slot/answer/after",
+    "slot/warm/after",
+    "slot/first-command/after",
+    "slot/pause/after",
+    "start/row/after",
+    "start/agent.after_boot/after",
+];
+
+#[test]
+fn a_daemon_that_dies_while_a_slot_is_made_or_taken_leaves_nothing() {
+    let mut daemon = Daemon::start();
+    daemon.ok(["run", "--rm", "--boot", "template", IMAGE, "true"]);
+    // A daemon that has not loaded the template.
+    daemon.kill();
+    daemon.start_again();
+    let before = daemon.inventory();
+    for point in POINTS {
+        daemon.kill();
+        daemon.start_again_with(&[("OFFSHOOT_FAIL_POINT", point)]);
+        daemon.ok(["image", "warm", IMAGE, "1"]);
+        if point.starts_with("start/") {
+            has(&daemon, 1);
+            let taken = ["run", "-d", "--name", "taken", IMAGE, "sleep", "1000"];
+            assert!(!daemon.cli(taken).run().status.success(), "{point}");
+        }
+        daemon.wait_ended();
+        daemon.start_again();
+        if point.starts_with("start/") {
+            wait_until("a state of rest", || daemon.state("taken") != "starting");
+            daemon.ok(["rm", "-f", "taken"]);
+        }
+        wait_until("the slot's VMM to be gone", || daemon.vmms().is_empty());
+        daemon.as_before(&before, point);
+        tell(point);
+    }
     daemon.finish();
 }

@@ -4,7 +4,7 @@
 //! named. `OFFSHOOT_KVM_KERNEL` names a `vmlinux` with everything built in, for hosts whose KVM cannot run a distribution's.
 
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use offshoot_e2e::{Daemon, IMAGE, tell, text, wait_until};
 
@@ -114,6 +114,219 @@ fn lives(daemon: &mut Daemon, vmm: &str, root: &str, network: &str) {
     let exit = daemon.inspect(&vm)["exit"].clone();
     assert_eq!(exit["reason"], "stopped", "{exit}");
     daemon.ok(["rm", &vm]);
+}
+
+/// `Rss` and `Pss` of a process's mappings of a file, KiB.
+fn mapped(pid: &str, file: &Path) -> (u64, u64) {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("smaps");
+    let (mut ours, mut rss, mut pss) = (false, 0, 0);
+    for line in smaps.lines() {
+        let mut words = line.split_ascii_whitespace();
+        match (words.next().unwrap_or_default(), words.next()) {
+            ("Rss:", Some(kib)) if ours => rss += kib.parse::<u64>().expect("a number"),
+            ("Pss:", Some(kib)) if ours => pss += kib.parse::<u64>().expect("a number"),
+            // `address-address permissions …` begins a mapping.
+            (word, _) if !word.ends_with(':') => {
+                ours = Path::new(words.next_back().unwrap_or_default()) == file;
+            }
+            _ => {}
+        }
+    }
+    (rss, pss)
+}
+
+/// Two VMs on one base: what both have read of it is in the host's memory once.
+fn share_pages(daemon: &Daemon, vmm: &str) {
+    let names = ["a", "b"].map(|name| format!("{vmm}-{name}"));
+    for name in &names {
+        daemon.ok([
+            "run",
+            "-d",
+            "--vmm",
+            vmm,
+            "--root",
+            "pmem",
+            "--network",
+            "none",
+            "--memory",
+            "256m",
+            "--name",
+            name,
+            IMAGE,
+            "sleep",
+            "100000",
+        ]);
+        daemon.ok([
+            "exec",
+            name,
+            "sh",
+            "-c",
+            "cat /usr/bin/perl /usr/lib/x86_64-linux-gnu/*.so.* >/dev/null",
+        ]);
+    }
+    let bases = daemon.data().join("bases");
+    let bases = std::fs::read_dir(bases).expect("bases");
+    let files = bases.map(|base| base.expect("a base").path().join("root.erofs"));
+    let file = files.into_iter().find(|file| file.exists()).expect("a base");
+    for name in &names {
+        let pid = daemon.inspect(name)["pid"].to_string();
+        let (rss, pss) = mapped(&pid, &file);
+        tell(&format!(
+            "{name}: of the base {rss} KiB are mapped, its share is {pss} KiB"
+        ));
+        assert!(rss > 1024, "{rss} KiB");
+        assert!(pss * 10 < rss * 6, "{pss} of {rss} KiB");
+    }
+    for name in &names {
+        daemon.ok(["rm", "-f", name]);
+    }
+}
+
+/// What tells a VM from every other, a line each.
+const WHO: &str =
+    "hostname; cat /etc/machine-id /proc/sys/kernel/random/boot_id; head -c 65536 /dev/urandom | sha256sum";
+
+/// Two VMs that go on from one template are two VMs.
+fn are_restored(daemon: &Daemon, vmm: &str, root: &str, network: &str) {
+    let names = ["x", "y"].map(|name| format!("{vmm}-{root}-{name}"));
+    let mut said = Vec::new();
+    for name in &names {
+        daemon.ok([
+            "run",
+            "-d",
+            "--boot",
+            "template",
+            "--vmm",
+            vmm,
+            "--root",
+            root,
+            "--network",
+            network,
+            "--memory",
+            "256m",
+            "--name",
+            name,
+            IMAGE,
+            "sleep",
+            "100000",
+        ]);
+        let details = daemon.inspect(name);
+        assert_eq!(details["boot"]["chosen"], "template", "{details}");
+        // The memory is nobody's copy: what is mapped is the template's, privately.
+        let maps = std::fs::read_to_string(format!("/proc/{}/maps", details["pid"])).expect("maps");
+        let mut memory = maps.lines().filter(|line| line.contains("/memfd:offshoot-"));
+        assert!(memory.any(|line| line.contains(" rw-p ")), "{maps}");
+        let who = daemon.ok(["exec", name, "sh", "-c", WHO]);
+        said.push(who.lines().map(str::to_owned).collect::<Vec<_>>());
+        daemon.ok([
+            "exec",
+            name,
+            "sh",
+            "-c",
+            &format!("echo {name} >/root/mine; sync"),
+        ]);
+    }
+    assert_eq!(said[0].len(), 4, "{said:?}");
+    for (one, other) in said[0].iter().zip(&said[1]) {
+        assert_ne!(one, other, "{said:?}");
+    }
+    for name in &names {
+        assert_eq!(&daemon.ok(["exec", name, "cat", "/root/mine"]), name);
+        daemon.ok(["stop", "-t", "60", name]);
+        daemon.ok(["rm", name]);
+    }
+}
+
+#[test]
+fn a_base_is_in_memory_once_on_cloud_hypervisor() {
+    if let Some(daemon) = daemon_with("OFFSHOOT_CLOUD_HYPERVISOR", "cloud-hypervisor") {
+        share_pages(&daemon, "cloud-hypervisor");
+        daemon.finish();
+    }
+}
+
+#[test]
+fn a_base_is_in_memory_once_on_firecracker() {
+    if let Some(daemon) = daemon_with("OFFSHOOT_FIRECRACKER", "firecracker") {
+        share_pages(&daemon, "firecracker");
+        daemon.finish();
+    }
+}
+
+#[test]
+fn two_of_one_template_on_cloud_hypervisor() {
+    if let Some(daemon) = daemon_with("OFFSHOOT_CLOUD_HYPERVISOR", "cloud-hypervisor") {
+        are_restored(&daemon, "cloud-hypervisor", "pmem", "default");
+        are_restored(&daemon, "cloud-hypervisor", "block", "none");
+        daemon.finish();
+    }
+}
+
+#[test]
+fn two_of_one_template_on_firecracker() {
+    if let Some(daemon) = daemon_with("OFFSHOOT_FIRECRACKER", "firecracker") {
+        let network = if is_open("/dev/net/tun") {
+            "default"
+        } else {
+            "none"
+        };
+        are_restored(&daemon, "firecracker", "pmem", network);
+        are_restored(&daemon, "firecracker", "block", "none");
+        daemon.finish();
+    }
+}
+
+#[test]
+fn a_virtiofs_root_and_two_folders_on_cloud_hypervisor() {
+    let Some(daemon) = daemon_with("OFFSHOOT_CLOUD_HYPERVISOR", "cloud-hypervisor") else {
+        return;
+    };
+    let folders = ["one", "two"].map(|name| daemon.root().join(name));
+    for folder in &folders {
+        std::fs::create_dir(folder).expect("a folder");
+        std::fs::write(folder.join("theirs"), "from the host").expect("a file");
+    }
+    let [one, two] = folders.each_ref().map(|folder| folder.display().to_string());
+    daemon.ok([
+        "run",
+        "-d",
+        "--vmm",
+        "cloud-hypervisor",
+        "--root",
+        "virtiofs",
+        "--network",
+        "none",
+        "--memory",
+        "256m",
+        "-v",
+        &format!("{one}:/one"),
+        "-v",
+        &format!("{two}:/two:ro"),
+        "--name",
+        "shares",
+        IMAGE,
+        "sleep",
+        "100000",
+    ]);
+    let script = "cat /one/theirs /two/theirs; echo mine >/one/mine; ! echo mine 2>/dev/null >/two/mine";
+    assert_eq!(
+        daemon.ok(["exec", "shares", "sh", "-c", script]),
+        "from the hostfrom the host"
+    );
+    assert_eq!(
+        std::fs::read_to_string(folders[0].join("mine")).expect("a file"),
+        "mine\n"
+    );
+    let pid = daemon.inspect("shares")["pid"].to_string();
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).expect("its arguments");
+    let flags = words
+        .split(|byte| *byte == 0)
+        .filter(|word| *word == b"--fs")
+        .count();
+    assert_eq!(flags, 1, "the root and both folders follow one flag");
+    daemon.ok(["stop", "-t", "60", "shares"]);
+    daemon.ok(["rm", "shares"]);
+    daemon.finish();
 }
 
 #[test]
