@@ -161,9 +161,7 @@ pub(super) fn set_up(plan: &NetworkPlan) -> Result<Vec<v1::GuestStage>, Configur
     };
     stages.end("network-device");
     runtime()?.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()
-            .map_err(ConfigureError::step("talk to the kernel about the network"))?;
-        tokio::spawn(connection);
+        let handle = kernel()?;
         configure(plan, &handle, index).await?;
         stages.end("network");
         wait_for_link(&handle, index).await?;
@@ -184,9 +182,7 @@ pub(super) fn rehearse() -> Result<(), ConfigureError> {
     };
     let index = disk::wait_for("the network device", there)?;
     runtime()?.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()
-            .map_err(ConfigureError::step("talk to the kernel about the network"))?;
-        tokio::spawn(connection);
+        let handle = kernel()?;
         name_it(&handle, index).await
     })
 }
@@ -199,9 +195,7 @@ pub(super) fn warm() -> Result<(), ConfigureError> {
         return Ok(());
     };
     runtime()?.block_on(async {
-        let (connection, handle, _) = rtnetlink::new_connection()
-            .map_err(ConfigureError::step("talk to the kernel about the network"))?;
-        tokio::spawn(connection);
+        let handle = kernel()?;
         for link in [
             LinkUnspec::new_with_index(index).up(),
             LinkUnspec::new_with_index(index).down(),
@@ -211,6 +205,14 @@ pub(super) fn warm() -> Result<(), ConfigureError> {
         }
         Ok(())
     })
+}
+
+/// A conversation with the kernel, which ends with the runtime that this is called in.
+fn kernel() -> Result<Handle, ConfigureError> {
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(ConfigureError::step("talk to the kernel about the network"))?;
+    tokio::spawn(connection);
+    Ok(handle)
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, ConfigureError> {
