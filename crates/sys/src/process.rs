@@ -302,6 +302,17 @@ fn reap(fd: &AsyncFd<OwnedFd>) -> io::Result<Option<Exit>> {
     }))
 }
 
+/// Whether a test may make namespaces and mounts; it says when it is skipped.
+#[cfg(test)]
+#[expect(clippy::print_stderr, reason = "a skipped test says so")]
+fn is_root() -> bool {
+    let root = rustix::process::geteuid().is_root();
+    if !root {
+        eprintln!("SKIPPED: needs root");
+    }
+    root
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;

@@ -205,8 +205,13 @@ impl Rig {
 
     /// Launches the VM; a failure shows the VMM's own words.
     pub(crate) async fn launch(&self) -> Box<dyn Machine> {
-        let log = || std::fs::read_to_string(&self.plan.log).unwrap_or_default();
-        let launched = self.driver.launch(&self.plan).await;
+        self.launch_as(&self.plan).await
+    }
+
+    /// The same with another plan.
+    async fn launch_as(&self, plan: &LaunchPlan) -> Box<dyn Machine> {
+        let log = || std::fs::read_to_string(&plan.log).unwrap_or_default();
+        let launched = self.driver.launch(plan).await;
         let machine = launched.unwrap_or_else(|error| panic!("{error}; {error:?}; {}", log()));
         self.remember(machine.state().process.pid);
         machine
@@ -590,12 +595,7 @@ async fn a_saved_guest_goes_on_in_others(rig: &Rig, vmm: Vmm) {
 
     let memory = Arc::new(memory_file::create("test", rig.plan.memory.bytes()).unwrap());
     let plan = another(rig, "saved", Origin::KernelInto(Arc::clone(&memory)));
-    let machine = rig
-        .driver
-        .launch(&plan)
-        .await
-        .unwrap_or_else(|error| panic!("{error:?}"));
-    rig.remember(machine.state().process.pid);
+    let machine = rig.launch_as(&plan).await;
     let (state, limit) = (rig.folder.join("state"), ByteSize::from_mib(16));
     let snapshots = machine.snapshots().expect("it was launched for that");
     assert!(snapshots.save(&state, limit).await.is_err(), "it runs");
@@ -635,12 +635,7 @@ async fn a_saved_guest_goes_on_in_others(rig: &Rig, vmm: Vmm) {
     for name in ["a", "b"] {
         let plan = another(rig, name, saved());
         assert_eq!(rig.driver.shape(&plan).await.unwrap(), shape);
-        let machine = rig
-            .driver
-            .launch(&plan)
-            .await
-            .unwrap_or_else(|error| panic!("{error:?}"));
-        rig.remember(machine.state().process.pid);
+        let machine = rig.launch_as(&plan).await;
         assert_eq!(machine.status().await.unwrap(), MachineStatus::Paused);
         // As long as it stands, it may learn of a larger disk.
         machine.resize_disk(DISK, ByteSize::from_mib(2)).await.unwrap();

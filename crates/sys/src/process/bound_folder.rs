@@ -135,19 +135,8 @@ mod tests {
     use std::path::Path;
     use std::process::Command;
 
-    use super::super::{DetachedCommand, Exit, SpawnError, spawn_detached};
+    use super::super::{DetachedCommand, Exit, SpawnError, is_root, spawn_detached};
     use super::*;
-
-    fn is_root() -> bool {
-        let root = rustix::process::geteuid().is_root();
-        if !root {
-            #[expect(clippy::print_stderr, reason = "a skipped test says so")]
-            {
-                eprintln!("SKIPPED: needs root");
-            }
-        }
-        root
-    }
 
     fn host_mounts() -> String {
         std::fs::read_to_string("/proc/self/mountinfo").unwrap()

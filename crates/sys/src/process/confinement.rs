@@ -309,21 +309,10 @@ unsafe fn make_stand_in(request: &libc::ifreq) -> Result<(), u8> {
 mod tests {
     use std::path::Path;
 
-    use super::super::{DetachedCommand, Exit, Identity, SpawnError, spawn_detached};
+    use super::super::{DetachedCommand, Exit, Identity, SpawnError, is_root, spawn_detached};
     use super::*;
 
     const SYSTEM: [&str; 5] = ["/usr", "/bin", "/lib", "/lib64", "/dev/null"];
-
-    fn is_root() -> bool {
-        let root = rustix::process::geteuid().is_root();
-        if !root {
-            #[expect(clippy::print_stderr, reason = "a skipped test says so")]
-            {
-                eprintln!("SKIPPED: needs root");
-            }
-        }
-        root
-    }
 
     fn shell(script: &str, shown: &[(&Path, Access)]) -> DetachedCommand {
         let system = SYSTEM.map(|path| (Path::new(path), Access::Program));
